@@ -1,0 +1,279 @@
+"""A checkpoint on disk: its config, its tensors as a read-only memory map, and its content hash.
+
+Opening reads `config.json` and the headers only. A folder from strangers is not trusted: no pickles, no
+code, no file outside the folder. Names are interpreted by `architecture`, vocabularies by `tokenizer`.
+
+    folder ── config.json ─────────────────────────────► Checkpoint.config
+           ├─ model.safetensors.index.json ┐
+           └─ *.safetensors ── header ─────┴─ agree? ──► Checkpoint.tensors ── mmap ──► Checkpoint.tensor
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from evomerge.checkpoints.hashes import cached_sha256
+from evomerge.checkpoints.header import CONVERT, DTYPES, DType, TensorInfo, parse_json, read_header
+from evomerge.errors import CheckpointError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "CONFIG",
+    "DTYPES",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "DType",
+    "TensorInfo",
+    "contained",
+    "read_header",
+    "read_json",
+    "weight_files",
+]
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_MAX_JSON_BYTES = 256 * 2**20
+
+
+class Checkpoint:
+    """One model's folder, opened for reading.
+
+    Attributes:
+        folder: Where it lies.
+        config: The content of `config.json`.
+        tensors: name -> where it lies, sorted by name.
+        files: The weight files, sorted by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        files: tuple[Path, ...],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = MappingProxyType(dict(sorted(tensors.items())))
+        self.files = files
+        self._handles: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the config and the headers of a model's folder.
+
+        Raises:
+            CheckpointError: Something about the folder cannot be used; the message names it.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: expected a model's folder, found {_what(folder)}")
+        config = _read_config(folder)
+        files = weight_files(folder)
+        headers = {name: read_header(contained(folder, name)) for name in files}
+        _check_index(folder, files, headers)
+        tensors = {name: info for header in headers.values() for name, info in header.items()}
+        if not tensors:
+            raise CheckpointError(f"{folder}: the weight files hold no tensors")
+        paths = tuple(folder / name for name in sorted(files))
+        return cls(folder=folder, config=config, tensors=tensors, files=paths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.end - info.begin for info in self.tensors.values())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor as a view of the memory-mapped file, on the CPU; never write to it.
+
+        The pages are read on first use and shared between all processes that map the file.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its file changed since it was opened.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.folder}: no tensor named '{name}'{nearest(name, self.tensors)}")
+        import safetensors
+
+        try:
+            if info.file not in self._handles:
+                self._handles[info.file] = safetensors.safe_open(str(info.file), framework="pt", device="cpu")
+            tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{info.file}: tensor '{name}' cannot be read: {error}") from error
+        if tuple(tensor.shape) != info.shape or tensor.dtype != _torch_dtype(info.dtype):
+            raise CheckpointError(f"{info.file}: tensor '{name}' changed since the checkpoint was opened")
+        return tensor
+
+    def content_hash(self) -> str:
+        """Return the SHA-256, in hex, of the config and the weight files with their names.
+
+        Hashes of files that did not change are remembered between processes; see `hashes`.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+        digest = hashlib.sha256()
+        for path in (self.folder / CONFIG, *self.files):
+            try:
+                digest.update(f"{path.name}\0{cached_sha256(path)}\n".encode())
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r}, {len(self.tensors)} tensors)"
+
+
+def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
+    """Return weight file -> names its tensors must have by the index, or None without an index.
+
+    `model.safetensors` wins over an index, as in transformers; a single file may have any other name.
+
+    Raises:
+        CheckpointError: There are no usable weights, or the index is wrong or names a missing file.
+    """
+    if (folder / SINGLE).exists():
+        return {SINGLE: None}
+    if (folder / INDEX).exists():
+        return _read_index(folder)
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    models = [name for name in found if name != "adapter_model.safetensors"]
+    if len(models) == 1:
+        return {models[0]: None}
+    if models:
+        raise CheckpointError(f"{folder}: several weight files ({', '.join(models[:5])}) but no {INDEX}")
+    if found:
+        raise CheckpointError(
+            f"{folder}: this is an adapter; adapters are not supported yet: "
+            "merge it into a full checkpoint first"
+        )
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: {pickles[0]}: pickle weights are not loaded, as they can run code; {CONVERT}"
+        )
+    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; {_listing(folder)}")
+
+
+def contained(folder: Path, name: str) -> Path:
+    """Return the file `name` of a model's folder, making sure that it does not lead out of the folder.
+
+    In the hub's cache a snapshot's files are links to `blobs` of the same model; those are accepted.
+
+    Raises:
+        CheckpointError: The name is a path, or the file is missing or a link to somewhere else.
+    """
+    if not name or name in {".", ".."} or any(sign in name for sign in "/\\\0"):
+        raise CheckpointError(f"{folder}: {name!r} must be the name of a file in this folder, not a path")
+    path = folder / name
+    try:
+        root, real = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: {name} is missing; {_listing(folder)}") from error
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if real.parent not in allowed:
+        raise CheckpointError(
+            f"{path}: the link leads to {real}, outside the model's folder; copy the file instead"
+        )
+    if not real.is_file():
+        raise CheckpointError(f"{path}: expected a file, found {_what(real)}")
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object from a file of a model's folder.
+
+    Raises:
+        CheckpointError: The file is missing, leads out of the folder, or holds something else.
+    """
+    path = contained(folder, name)
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(data) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than the {_MAX_JSON_BYTES} bytes allowed")
+    value = parse_json(data, path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"{folder}: no {CONFIG}, so this is not a model; {_listing(folder)}")
+    config = read_json(folder, CONFIG)
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{folder / CONFIG}: auto_map names code in the model's folder, which is not run; if "
+            "transformers knows this architecture without it, remove auto_map from a copy of the model"
+        )
+    return config
+
+
+def _read_index(folder: Path) -> dict[str, frozenset[str] | None]:
+    index = read_json(folder, INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX}: weight_map must map tensor names to files")
+    shards: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(
+                f"{folder / INDEX}: tensor '{tensor}': expected a file name, found {file!r}"
+            )
+        shards.setdefault(file, set()).add(tensor)
+    for file in sorted(shards):
+        contained(folder, file)
+    return {file: frozenset(shards[file]) for file in sorted(shards)}
+
+
+def _check_index(
+    folder: Path,
+    files: Mapping[str, frozenset[str] | None],
+    headers: Mapping[str, Mapping[str, TensorInfo]],
+) -> None:
+    """Index and headers must name the same tensors in the same files."""
+    for file, expected in files.items():
+        if expected is None:
+            continue
+        if missing := sorted(expected - headers[file].keys()):
+            raise CheckpointError(f"{folder / INDEX}: tensor '{missing[0]}' is not in {file}, which it names")
+        if surplus := sorted(headers[file].keys() - expected):
+            raise CheckpointError(
+                f"{folder / INDEX}: {file} holds tensor '{surplus[0]}', which is not listed for that file"
+            )
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
+    return dtype
+
+
+def _what(path: Path) -> str:
+    if not path.exists():
+        return "nothing"
+    return "a folder" if path.is_dir() else "a file" if path.is_file() else "something else"
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return "the folder is empty"
+    return f"the folder has {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"

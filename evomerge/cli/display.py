@@ -1,0 +1,208 @@
+"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere.
+
+Messages go to stderr; the result goes to stdout.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from evomerge.records import Trial
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+    from evomerge.loop import Observer
+    from evomerge.report.holdout import HoldoutTable
+    from evomerge.run import RunResult
+
+
+@contextmanager
+def make_display() -> Iterator[Observer]:
+    """A live display when stderr is a terminal, plain lines otherwise."""
+    if not sys.stderr.isatty():
+        yield PlainDisplay()
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+        yield LiveDisplay(live)
+
+
+class PlainDisplay:
+    """One line per phase, event and generation."""
+
+    def __init__(self) -> None:
+        self._progress = Progress()
+
+    def phase(self, text: str) -> None:
+        """Say what begins."""
+        click.echo(f"{text} ...", err=True)
+
+    def event(self, text: str) -> None:
+        """Say what happened."""
+        click.echo(f"note: {text}", err=True)
+
+    def trial(self, trial: Trial, *, done: int, total: int, generation: int, best: Trial | None) -> None:
+        """Sum up the generation so far, whenever it is complete enough to tell something."""
+        finished = self._progress.add(trial, done=done, total=total, generation=generation, best=best)
+        if finished or done == total:
+            click.echo(self._progress.line(), err=True)
+
+
+class LiveDisplay:
+    """A panel that is redrawn in place."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._progress = Progress()
+        self._phase = ""
+
+    def phase(self, text: str) -> None:
+        """Show what is going on."""
+        self._phase = text
+        self._draw()
+
+    def event(self, text: str) -> None:
+        """Print above the panel."""
+        self._live.console.print(f"note: {text}", markup=False, highlight=False)
+
+    def trial(self, trial: Trial, *, done: int, total: int, generation: int, best: Trial | None) -> None:
+        """Redraw."""
+        self._progress.add(trial, done=done, total=total, generation=generation, best=best)
+        self._draw()
+
+    def _draw(self) -> None:
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        progress = self._progress
+        rows: list[Text | ProgressBar] = [Text(self._phase)]
+        if progress.done:
+            rows += [ProgressBar(total=progress.total, completed=progress.done), *map(Text, progress.rows())]
+        self._live.update(Panel(Group(*rows), title="evomerge", title_align="left"))
+
+
+class Progress:
+    """The numbers behind a display."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.total = 0
+        self._first_done = 0
+        self._started = time.monotonic()
+        self._generation = -1
+        self._fitnesses: list[float] = []
+        self._previous: list[float] = []
+        self._best: Trial | None = None
+
+    def add(self, trial: Trial, *, done: int, total: int, generation: int, best: Trial | None) -> bool:
+        """Take in a trial; tell whether it is the first of a new generation."""
+        is_new = generation != self._generation
+        if self._generation < 0:
+            self._first_done, self._started = done - 1, time.monotonic() - trial.seconds.get("total", 0.0)
+        if is_new:
+            self._generation, self._previous, self._fitnesses = generation, self._fitnesses, []
+        if trial.fitness is not None:
+            self._fitnesses.append(trial.fitness)
+        self.done, self.total, self._best = done, total, best
+        return is_new
+
+    def rows(self) -> list[str]:
+        """Evaluations, fitness and the best recipe, a line each."""
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        per_minute = (self.done - self._first_done) / elapsed * 60
+        left = (self.total - self.done) / per_minute if per_minute else float("inf")
+        known = self._fitnesses or self._previous
+        rows = [
+            f"generation {self._generation}   evaluations {self.done}/{self.total}   "
+            f"{per_minute:.1f} per minute   {left:.1f} min left"
+        ]
+        if self._best is not None and known:
+            rows.append(f"fitness: best {self._best.fitness:.4f}   median {statistics.median(known):.4f}")
+            genome = " ".join(f"{value:.2f}" for value in self._best.genome[:12])
+            more = " ..." if len(self._best.genome) > 12 else ""
+            rows.append(f"best recipe (trial {self._best.number}): {genome}{more}")
+        return rows
+
+    def line(self) -> str:
+        """Everything on one line."""
+        return "   ".join(self.rows()[:2])
+
+
+def show_result(result: RunResult) -> None:
+    """Print a finished run's result on stdout."""
+    click.echo(f"run directory   {result.run_dir}")
+    click.echo(f"best recipe     {result.run_dir}/best/recipe.yml")
+    click.echo(
+        f"best fitness    {result.best.fitness:.4f} on the search documents (trial {result.best.number})"
+    )
+    if result.holdout is None:
+        return
+    click.echo()
+    click.echo(table_text(result.holdout))
+    click.echo()
+    click.echo("To check the winner with lm-eval itself:")
+    if not (result.run_dir / "best" / "model").exists():
+        target = f"{result.run_dir}/best/model"
+        click.echo(f"  evomerge export {result.run_dir} {target} --format model")
+    for command in result.commands:
+        click.echo(f"  {command}")
+
+
+def table_text(table: HoldoutTable) -> str:
+    """The holdout table as aligned text."""
+    labels = list(table.rows[0].metrics)
+    header = ["on held-out documents", "fitness", "± s.e.", *labels, "winner's lead", "p"]
+    lines = [header]
+    for row in table.rows:
+        test = table.tests.get(row.name)
+        lines.append(
+            [
+                row.name,
+                f"{row.fitness.mean:.4f}",
+                f"{row.fitness.standard_error:.4f}",
+                *(f"{row.metrics[label]:.4f}" for label in labels),
+                "" if test is None else f"{test.difference:+.4f}",
+                "" if test is None else f"{test.p_value:.2g}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "-" * max(map(len, text)))
+    truncated = [f"{row.name} {row.truncated}" for row in table.rows if row.truncated]
+    if truncated:
+        text.append(f"generations cut off at the token limit: {', '.join(truncated)}")
+    text += [f"{name} could not be scored: {reason}" for name, reason in table.failed.items()]
+    text += ["", f"{table.rows[0].num_documents} documents each; {table.verdict}"]
+    return "\n".join(text)
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; the function takes (done, total)."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,66 @@
+"""`evomerge evaluate`: score one model with the run's own evaluator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.option("--tasks", required=True, metavar="A,B", help="lm-eval tasks, separated by commas.")
+@click.option(
+    "--include-path",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Folder with task files, beside those that lm-eval ships. May be repeated.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Requests per batch.  [default: 32]")
+@click.option("--limit", type=click.IntRange(min=1), help="Most documents per task, drawn evenly.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+@click.option("--device", default="auto", show_default=True, help="Torch device.")
+@click.option("--max-length", type=click.IntRange(min=1), help="Context length in tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+@click.option(
+    "--allow-task-code", is_flag=True, help="Let task files outside lm-eval run the Python code they name."
+)
+def evaluate(
+    model: str,
+    tasks: str,
+    include_path: tuple[Path, ...],
+    batch_size: int | None,
+    limit: int | None,
+    dtype: str,
+    device: str,
+    max_length: int | None,
+    as_json: bool,
+    allow_task_code: bool,
+) -> None:
+    """Score MODEL, a checkpoint or a recipe file, on lm-eval tasks."""
+    from evomerge.evaluate import evaluate_model
+    from evomerge.experiment import EvaluationSettings
+
+    settings = EvaluationSettings.model_validate(
+        {
+            "batch_size": batch_size or "auto",
+            "dtype": dtype,
+            "device": device,
+            "max_length": max_length,
+            "limit": limit,
+        }
+    )
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    results = evaluate_model(
+        model, names, include_path=include_path, settings=settings, allow_task_code=allow_task_code
+    )
+    if as_json:
+        click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+        return
+    for task, found in results["tasks"].items():
+        for metric, value in found["metrics"].items():
+            error = found["standard_errors"][metric]
+            click.echo(
+                f"{task:<24} {metric:<28} {value:.4f} ± {error:.4f}   {found['num_documents']} documents"
+            )

@@ -1,0 +1,191 @@
+"""The end of a run: the winner against the models and merges anyone would try first, on held-out documents.
+
+The winner is scored from its exported checkpoint, the sources from their own, the baselines as they are
+merged. Every evaluation is recorded in the journal, so that an interrupted end continues where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from evomerge.errors import EvomergeError
+from evomerge.fitness.base import DocumentSet
+from evomerge.fitness.objectives import fitness
+from evomerge.loop import POLL_SECONDS, Run, checked
+from evomerge.merge.export import export_model
+from evomerge.merge.methods import METHODS, BasePolicy
+from evomerge.prepare import PreparedRun
+from evomerge.recipe import Recipe
+from evomerge.records import Final, Outcome, Status, Trial
+from evomerge.report.holdout import WINNER
+from evomerge.spaces.base import short_names
+from evomerge.workers.base import Job
+
+UNIFORM = "uniform average"
+SINGLE_SCALE = "task arithmetic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A model to score at the end: a recipe, or a checkpoint of its own."""
+
+    name: str
+    recipe: Recipe | None = None
+    checkpoint: Path | None = None
+    recorded_recipe: Recipe | None = None
+
+
+def finish(run: Run, prepared: PreparedRun, best: Trial) -> None:
+    """Score the winner, the sources and the baselines on the holdout, and record it.
+
+    Args:
+        run: The run whose search is over.
+        prepared: Its experiment.
+        best: The winning trial.
+
+    Raises:
+        RunStoppedError: A stop was asked for.
+        EvomergeError: The winner's checkpoint cannot be scored.
+    """
+    winner = run.space.decode(best.genome)
+    run.write_status("finishing")
+    if not prepared.holdout_documents:
+        if prepared.experiment.finish.export_model and not run.run_dir.best_model.exists():
+            export_model(winner, prepared.checkpoints, run.run_dir.best_model)
+        run.news(
+            "no holdout documents were kept (evaluation.holdout is 0), so nothing can be said beyond the search"
+        )
+        return
+    run.observer.phase("choosing the scale of the task-arithmetic baseline on the search documents")
+    scales = [
+        _Entry(name=f"{SINGLE_SCALE} {scale:g}", recipe=recipe) for scale, recipe in _single_scale(prepared)
+    ]
+    scored = _score(run, scales, prepared.search_documents, "search")
+    entries = [
+        _Entry(name=name, checkpoint=prepared.checkpoints[model].folder)
+        for model, name in model_labels(prepared).items()
+    ]
+    entries.append(_Entry(name=UNIFORM, recipe=uniform_average(prepared)))
+    valid = [(fitness(final.metrics, run.objectives), i) for i, final in enumerate(scored) if final.metrics]
+    if valid:
+        _, index = max(valid, key=lambda pair: (pair[0], -pair[1]))
+        entries.append(scales[index])
+    run.observer.phase("scoring the winner's checkpoint, the sources and the baselines on the holdout")
+    with _winner_checkpoint(run, prepared, winner) as folder:
+        entries.insert(0, _Entry(name=WINNER, checkpoint=folder, recorded_recipe=winner))
+        finals = _score(run, entries, prepared.holdout_documents, "holdout")
+    if finals[0].status is not Status.OK:
+        raise EvomergeError(f"the winner's checkpoint cannot be scored: {finals[0].reason}")
+
+
+def model_labels(prepared: PreparedRun) -> dict[str, str]:
+    """Model -> its name in the table: the base and the sources."""
+    models = list(dict.fromkeys([*prepared.sources, *([prepared.base] if prepared.base else [])]))
+    return short_names(models)
+
+
+def uniform_average(prepared: PreparedRun) -> Recipe:
+    """The plain average of the source models."""
+    return Recipe.from_dict(
+        {
+            "merge_method": "linear",
+            "models": [{"model": model, "parameters": {"weight": 1.0}} for model in prepared.sources],
+            **_dtypes(prepared),
+        }
+    )
+
+
+def _single_scale(prepared: PreparedRun) -> Iterator[tuple[float, Recipe]]:
+    """Task arithmetic with one scale for all sources, for every scale to be tried."""
+    others = [model for model in prepared.sources if model != prepared.base]
+    if prepared.base is None or not others:
+        return
+    assert METHODS["task_arithmetic"].base is BasePolicy.REQUIRED
+    for scale in prepared.experiment.finish.baseline_scales:
+        models = [{"model": model, "parameters": {"weight": scale}} for model in others]
+        yield (
+            scale,
+            Recipe.from_dict(
+                {
+                    "merge_method": "task_arithmetic",
+                    "models": models,
+                    "base_model": prepared.base,
+                    **_dtypes(prepared),
+                }
+            ),
+        )
+
+
+def _dtypes(prepared: PreparedRun) -> dict[str, str]:
+    start = prepared.space.decode(tuple(dimension.start for dimension in prepared.space.dimensions))
+    assert start.dtype is not None
+    assert start.out_dtype is not None
+    return {"dtype": start.dtype, "out_dtype": start.out_dtype}
+
+
+@contextmanager
+def _winner_checkpoint(run: Run, prepared: PreparedRun, winner: Recipe) -> Iterator[Path]:
+    """The winner's checkpoint: kept in `best/model` when asked for, else for the time of its scoring."""
+    keep = prepared.experiment.finish.export_model
+    folder = run.run_dir.best_model if keep else run.run_dir.path / "best" / "model-for-holdout"
+    if any(final.name == WINNER for final in run.journal.finals) and not (keep and not folder.exists()):
+        yield folder
+        return
+    if not folder.exists():
+        run.observer.phase("writing the winner's checkpoint")
+        export_model(winner, prepared.checkpoints, folder)
+    try:
+        yield folder
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _score(
+    run: Run,
+    entries: Sequence[_Entry],
+    documents: tuple[DocumentSet, ...],
+    stage: Literal["search", "holdout"],
+) -> list[Final]:
+    """Score entries that are not recorded yet; return all of them in the given order."""
+    recorded = {final.name: final for final in run.journal.finals if final.stage == stage}
+    waiting = {i: entry for i, entry in enumerate(entries) if entry.name not in recorded}
+    for index, entry in waiting.items():
+        run.pool.submit(
+            Job(number=index, documents=documents, recipe=entry.recipe, checkpoint=entry.checkpoint)
+        )
+    while waiting:
+        run.stop.check(run.run_dir)
+        finished = run.pool.next(POLL_SECONDS)
+        for event in run.pool.events:
+            run.news(event)
+        if finished is None:
+            continue
+        index, outcome = finished
+        final = _final(run, waiting.pop(index), checked(outcome), stage)
+        run.journal.append(final)
+        recorded[final.name] = final
+    return [recorded[entry.name] for entry in entries]
+
+
+def _final(run: Run, entry: _Entry, outcome: Outcome, stage: Literal["search", "holdout"]) -> Final:
+    recipe = entry.recipe or entry.recorded_recipe
+    file = f"{entry.name.replace('/', '_').replace(' ', '-')}-{stage}"
+    is_ok = outcome.status is Status.OK
+    return Final(
+        name=entry.name,
+        stage=stage,
+        candidate=recipe.hash if recipe is not None else "",
+        recipe=recipe.to_dict() if recipe is not None else None,
+        status=outcome.status,
+        reason=outcome.reason,
+        metrics=outcome.metrics,
+        scores=run.run_dir.write_scores(file, outcome.samples) if is_ok else "",
+        seconds=outcome.seconds,
+        counts=outcome.counts,
+    )

@@ -1,0 +1,63 @@
+"""The seam between a live model and whatever scores it.
+
+An evaluator holds documents and knows how to score the model it was bound to; it knows nothing of merging.
+`harness.py` is the real one, `fake.py` the one for tests and dry runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from evomerge.records import Metrics, SampleScores
+
+
+class NonFiniteLogitsError(Exception):
+    """The model's logits hold NaN or infinity, so that no score of it means anything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSet:
+    """Some documents of one task.
+
+    Attributes:
+        task: The lm-eval task they belong to.
+        doc_ids: Their positions in the task's evaluation set, ascending.
+        name: The task as the objectives name it; differs from `task` for a holdout task.
+        complete: Whether they are all documents of the task.
+    """
+
+    task: str
+    doc_ids: tuple[int, ...]
+    name: str
+    complete: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What scoring a model gave.
+
+    Attributes:
+        metrics: Task as the objectives name it -> metric -> aggregated value.
+        samples: Task as the objectives name it -> per-document scores.
+        forward_seconds: Time spent inside the model's forward passes.
+        counts: Tallies for the audit: `generations`, and `truncated` ones that hit the token limit.
+    """
+
+    metrics: Metrics
+    samples: Mapping[str, SampleScores]
+    forward_seconds: float = 0.0
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Scores the model it is bound to."""
+
+    def evaluate(self, documents: Sequence[DocumentSet]) -> Scores:
+        """Score the model's present weights on the documents, one task at a time.
+
+        Raises:
+            NonFiniteLogitsError: The model's logits are not finite.
+        """
+        ...

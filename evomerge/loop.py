@@ -1,0 +1,289 @@
+"""The search loop: ask, evaluate, record, tell.
+
+     experiment.yml -> Experiment ──> SearchSpace   Searcher   WorkerPool   Journal
+                                          │            │           │           │
+       loop:   searcher.ask() ─ genome ─> space.decode() ─ recipe ─> worker: sources -> live model
+                                                                          │
+               searcher.tell() <─ fitness <─ journal.append(trial) <─ outcome ┘   (lm-eval, per document)
+                                                      │
+                             best recipe, holdout table <─ journal      (finish.py)
+
+A trial is on the disk before the searcher hears of it. Resuming builds a fresh searcher and tells it the
+recorded fitness again; trials that are recorded are not evaluated again, and a genome that comes out
+differently than recorded stops the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any, Protocol
+
+from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStoppedError
+from evomerge.fitness.base import DocumentSet
+from evomerge.fitness.objectives import Objective, fitness
+from evomerge.journal import Journal
+from evomerge.recipe import Recipe
+from evomerge.records import Genome, Outcome, Status, Trial
+from evomerge.run_dir import RunDir
+from evomerge.search import Searcher
+from evomerge.spaces import SearchSpace
+from evomerge.workers.base import Job, WorkerPool
+
+LIBRARIES = ("evomerge-recipes", "cma", "lm-eval", "numpy", "ray", "safetensors", "torch", "transformers")
+"""Whose versions a journal records, because a change of theirs can change what a search proposes or scores."""
+
+POLL_SECONDS = 0.5
+"""How often a waiting loop looks whether it was asked to stop."""
+
+
+class Observer(Protocol):
+    """Hears of a run's progress; the command line's display is one."""
+
+    def phase(self, text: str) -> None:
+        """The run enters a phase, such as `starting workers`."""
+        ...
+
+    def event(self, text: str) -> None:
+        """Something happened that a person should know of."""
+        ...
+
+    def trial(self, trial: Trial, *, done: int, total: int, generation: int, best: Trial | None) -> None:
+        """A trial was recorded."""
+        ...
+
+
+class StopFlag:
+    """Set by signal handlers, looked at by the loop between evaluations."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def set(self, reason: str) -> None:
+        """Ask the run to stop."""
+        self.reason = self.reason or reason
+
+    def check(self, run_dir: RunDir) -> None:
+        """Stop here if asked to.
+
+        Raises:
+            RunStoppedError: A stop was asked for.
+        """
+        if self.reason:
+            raise RunStoppedError(
+                f"stopped by {self.reason}; everything recorded is safe, `evomerge resume {run_dir.path}` continues"
+            )
+
+
+class Run:
+    """One run: its parts, wired together.
+
+    Args:
+        run_dir: Its folder.
+        journal: Its journal, open for appending.
+        space: Decodes genomes.
+        searcher: A fresh searcher.
+        objectives: What the fitness is made of.
+        documents: What candidates are scored on.
+        evaluations: Number of candidates to evaluate.
+        pool: Scores candidates.
+        observer: Hears of progress.
+        stop: Set when the run is to stop.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_dir: RunDir,
+        journal: Journal,
+        space: SearchSpace,
+        searcher: Searcher,
+        objectives: Sequence[Objective],
+        documents: Sequence[DocumentSet],
+        evaluations: int,
+        pool: WorkerPool,
+        observer: Observer,
+        stop: StopFlag,
+    ) -> None:
+        self.run_dir = run_dir
+        self.journal = journal
+        self.space = space
+        self.objectives = tuple(objectives)
+        self.pool = pool
+        self.observer = observer
+        self.stop = stop
+        self._searcher = searcher
+        self._documents = tuple(documents)
+        self._evaluations = evaluations
+        self._started = time.time()
+
+    @property
+    def best(self) -> Trial | None:
+        """The best valid trial so far, the earliest of equals."""
+        return best_trial(self.journal.trials)
+
+    def search(self) -> Trial:
+        """Evaluate candidates until the budget is spent, and return the best.
+
+        Raises:
+            NoValidCandidateError: A generation brought no valid candidate.
+            ReplayMismatchError: The searcher proposes other genomes than recorded.
+            RunStoppedError: A stop was asked for.
+        """
+        number = generation = 0
+        self._write_best()
+        while number < self._evaluations:
+            proposed = self._searcher.ask()
+            genomes = proposed[: self._evaluations - number]
+            trials = self._evaluate(genomes, first=number, generation=generation)
+            if all(trial.fitness is None for trial in trials):
+                reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials))
+                raise NoValidCandidateError(
+                    f"none of the {len(trials)} candidates of generation {generation} is valid, so the search "
+                    f"has nothing to go by: {reasons}"
+                )
+            number += len(genomes)
+            generation += 1
+            if len(genomes) == len(proposed):
+                self._searcher.tell([trial.fitness for trial in trials])
+        best = self.best
+        assert best is not None
+        return best
+
+    def _evaluate(self, genomes: Sequence[Genome], *, first: int, generation: int) -> list[Trial]:
+        """Score one generation; trials are recorded as they arrive and returned in the order asked."""
+        recorded = self.journal.trials_by_number
+        recipes: dict[int, Recipe] = {}
+        for number, genome in enumerate(genomes, start=first):
+            if number in recorded:
+                self._check_replay(recorded[number], genome)
+            else:
+                recipes[number] = self.space.decode(genome)
+        for number, recipe in recipes.items():
+            self.pool.submit(Job(number=number, documents=self._documents, recipe=recipe))
+        waiting = set(recipes)
+        while waiting:
+            self.stop.check(self.run_dir)
+            finished = self.pool.next(POLL_SECONDS)
+            for event in self.pool.events:
+                self.news(event)
+            if finished is None:
+                continue
+            number, outcome = finished
+            waiting.remove(number)
+            trial = self._trial(number, genomes[number - first], recipes[number], outcome, asked_after=first)
+            self.journal.append(trial)
+            best = self.best
+            if best is not None and best.number == number:
+                self._write_best()
+            self.write_status("searching", generation=generation)
+            done = len(self.journal.trials)
+            self.observer.trial(trial, done=done, total=self._evaluations, generation=generation, best=best)
+        return [recorded[number] for number in range(first, first + len(genomes))]
+
+    def _trial(
+        self, number: int, genome: Genome, recipe: Recipe, outcome: Outcome, *, asked_after: int
+    ) -> Trial:
+        outcome = checked(outcome)
+        is_ok = outcome.status is Status.OK
+        return Trial(
+            number=number,
+            candidate=recipe.hash,
+            genome=genome,
+            asked_after=asked_after,
+            status=outcome.status,
+            reason=outcome.reason,
+            fitness=fitness(outcome.metrics, self.objectives) if is_ok else None,
+            metrics=outcome.metrics,
+            scores=self.run_dir.write_scores(f"{number}-search", outcome.samples) if is_ok else "",
+            seconds=outcome.seconds,
+            attempts=outcome.attempts,
+            counts=outcome.counts,
+        )
+
+    def _check_replay(self, trial: Trial, genome: Genome) -> None:
+        if trial.genome == genome:
+            return
+        now = library_versions()
+        changed = [
+            f"{name} {then} -> {now.get(name, 'not installed')}"
+            for name, then in self.journal.header.versions.items()
+            if now.get(name) != then
+        ]
+        cause = f"these changed since: {', '.join(changed)}" if changed else "no recorded library has changed"
+        raise ReplayMismatchError(
+            f"{self.run_dir.path}: replaying the search, trial {trial.number} comes out as another genome than "
+            f"the journal recorded; {cause}. Install the recorded versions to continue this run, or start a "
+            "new one"
+        )
+
+    def _write_best(self) -> None:
+        best = self.best
+        if best is not None:
+            write_recipe(self.run_dir, self.space.decode(best.genome), best)
+
+    def news(self, text: str) -> None:
+        """Log an event and tell the observer."""
+        self.run_dir.log(text)
+        self.observer.event(text)
+
+    def write_status(self, state: str, **more: Any) -> None:
+        """Replace `status.json`."""
+        best = self.best
+        self.run_dir.write_status(
+            {
+                "state": state,
+                "evaluations": {"done": len(self.journal.trials), "total": self._evaluations},
+                "invalid": sum(trial.fitness is None for trial in self.journal.trials),
+                "best": None
+                if best is None
+                else {
+                    "trial": best.number,
+                    "candidate": best.candidate,
+                    "fitness": best.fitness,
+                    "metrics": best.metrics,
+                },
+                "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                **more,
+            }
+        )
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial | None:
+    """The valid trial of the highest fitness, the earliest of equals."""
+    valid = [trial for trial in trials if trial.fitness is not None]
+    return max(valid, key=lambda trial: (trial.fitness, -trial.number), default=None)
+
+
+def checked(outcome: Outcome) -> Outcome:
+    """An `ok` outcome whose metrics are not finite is an invalid one: a NaN must never win."""
+    if outcome.status is not Status.OK:
+        return outcome
+    for task, metrics in outcome.metrics.items():
+        for metric, value in metrics.items():
+            if value != value or value in (float("inf"), float("-inf")):
+                reason = f"{task} {metric} is {value}"
+                return Outcome(
+                    status=Status.INVALID, reason=reason, seconds=outcome.seconds, attempts=outcome.attempts
+                )
+    return outcome
+
+
+def write_recipe(run_dir: RunDir, recipe: Recipe, trial: Trial) -> None:
+    """Write the best recipe so far, with its trial and fitness as a comment."""
+    from evomerge.checkpoints.writer import write_atomic
+
+    comment = f"# trial {trial.number}, fitness {trial.fitness:.6g} on the search documents\n"
+    write_atomic(run_dir.best_recipe, comment + recipe.to_yaml())
+
+
+def library_versions() -> Mapping[str, str]:
+    """Installed versions of the libraries that matter for replay."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,1 @@
+"""Merging: methods, plans, live models and export."""

@@ -1,0 +1,83 @@
+r"""Uniform random numbers without generator state: a hash of (seed, tensor, source, element).
+
+The same recipe gives the same bits on every worker, device and machine, in any chunking, and again at
+export. Every candidate sees the same uniform numbers, so its masks are nested in the keep probability and
+fitness does not jump with the seed.
+
+The hash. The text `seed "\n" tensor name "\n" source position` is digested by BLAKE2b to 8 bytes, read as two
+little-endian uint32 keys k0, k1. Element e = 2^32 e1 + e0 is mixed in 32-bit arithmetic:
+
+    x = e0 ^ k0 ^ (e1 * 0x9E3779B9)
+    x = (x ^ (x >> 16)) * 0x7FEB352D + k1
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    h = x ^ (x >> 16)
+
+(the multipliers and shifts are those of Chris Wellons' `lowbias32`, https://nullprogram.com/blog/2018/07/31/).
+The uniform number is h / 2^32; an element is kept with probability p iff h < round(p 2^32).
+Test vectors stand in `docs/counter_hash.md` and in the tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+def keys(seed: int, tensor_name: str, source: int) -> tuple[int, int]:
+    """The two 32-bit keys of one tensor of one source."""
+    digest = hashlib.blake2b(f"{seed}\n{tensor_name}\n{source}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def threshold(probability: float) -> int:
+    """The bound below which a hash value means "keep": round(p 2^32), an int in [0, 2^32]."""
+    return round(probability * 2**32)
+
+
+def hash_element(element: int, k0: int, k1: int) -> int:
+    """The hash of one element, an int in [0, 2^32); the definition the tensor version is tested against."""
+    x = (element & _MASK) ^ k0 ^ ((element >> 32) * 0x9E3779B9 & _MASK)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D + k1) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def hash_range(count: int, k0: int, k1: int, *, first: int = 0) -> Tensor:
+    """Hashes of the elements `first` .. `first + count - 1`, int64 of shape [count] with values < 2^32."""
+    import torch
+
+    elements = torch.arange(first, first + count, dtype=torch.int64)
+    # int64 products wrap modulo 2^64, which keeps their low 32 bits right.
+    x = elements.bitwise_and(_MASK).bitwise_xor_(k0)
+    if first + count > 2**32:
+        x.bitwise_xor_(elements.bitwise_right_shift_(32).mul_(0x9E3779B9).bitwise_and_(_MASK))
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).add_(k1).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16)
+
+
+def keep_mask(count: int, probability: float, *, seed: int, tensor_name: str, source: int) -> Tensor:
+    """Boolean mask of shape [count]: element e is kept iff its hash is below the threshold.
+
+    Args:
+        count: Number of elements of the tensor.
+        probability: Chance of each element to be kept, in [0, 1].
+        seed: The recipe's seed.
+        tensor_name: Name of the output tensor.
+        source: Position of the source among the recipe's inputs.
+    """
+    import torch
+
+    bound = threshold(probability)
+    mask = torch.empty(count, dtype=torch.bool)
+    step = 1 << 20
+    k0, k1 = keys(seed, tensor_name, source)
+    for first in range(0, count, step):
+        size = min(step, count - first)
+        torch.lt(hash_range(size, k0, k1, first=first), bound, out=mask[first : first + size])
+    return mask

@@ -1,0 +1,144 @@
+"""Recipe -> checkpoint on disk, one tensor at a time.
+
+The folder is an ordinary Hugging Face checkpoint: weights, config, generation config, tokenizer, a model
+card with the recipe, and the recipe itself as `mergekit_config.yml`. It appears under its name only when it
+is complete; see `checkpoints/writer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evomerge.checkpoints.reader import Checkpoint
+from evomerge.checkpoints.tokenizer import difference, same_vocabulary, tokenizer_files
+from evomerge.checkpoints.writer import CheckpointWriter
+from evomerge.errors import CheckpointError, ConfigurationError, Fault
+from evomerge.merge.execute import merge_tensor
+from evomerge.merge.plan import MergePlan, TensorPlan, plan_merge
+from evomerge.recipe import Recipe
+
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, None: 8}
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+
+def export_model(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    out_dir: Path,
+    *,
+    shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Merge a recipe into a checkpoint folder.
+
+    Args:
+        recipe: A recipe that `check_recipe` accepted.
+        checkpoints: Model as the recipe names it -> its checkpoint.
+        out_dir: Folder to create; refused when it exists and is not empty.
+        shard_bytes: Largest size of one weight file.
+        progress: Called with (tensors done, tensors in all).
+
+    Raises:
+        CheckpointError: The models do not fit together, or a merged tensor is not finite.
+        RefusedError: `out_dir` is not empty.
+        EvomergeError: The disk is too small.
+    """
+    plan = plan_merge(recipe, checkpoints)
+    donor = checkpoints[_tokenizer_donor(recipe, checkpoints, plan)]
+    expected = sum(_num_bytes(tensor) for tensor in plan.tensors)
+    with CheckpointWriter(out_dir, shard_bytes=shard_bytes, expected_bytes=expected) as writer:
+        for done, tensor_plan in enumerate(plan.tensors, start=1):
+            merged = merge_tensor(tensor_plan, checkpoints)
+            if merged.is_floating_point() and not merged.isfinite().all():
+                raise CheckpointError(
+                    Fault(path=tensor_plan.name, reason="the merged tensor holds NaN or infinity")
+                )
+            writer.add(tensor_plan.name, merged)
+            if progress is not None:
+                progress(done, len(plan.tensors))
+        writer.add_json("config.json", merged_config(checkpoints[plan.donor].config, plan))
+        for file in tokenizer_files(donor.folder):
+            if not (recipe.chat_template and file.name == "chat_template.jinja"):
+                writer.copy(file)
+        if recipe.chat_template:
+            writer.add_text("chat_template.jinja", recipe.chat_template)
+        generation_config = checkpoints[plan.donor].folder / "generation_config.json"
+        if generation_config.is_file():
+            writer.copy(generation_config)
+        writer.add_text("mergekit_config.yml", recipe.to_yaml())
+        writer.add_text("README.md", model_card(recipe))
+        writer.commit()
+
+
+def merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
+    """The donor's config with the layer count and weight type of the merged model."""
+    merged = {key: value for key, value in config.items() if key not in ("torch_dtype", "_name_or_path")}
+    for key in LAYER_COUNT_KEYS:
+        if key not in merged or merged[key] == plan.num_layers:
+            continue
+        per_layer = [name for name in PER_LAYER_KEYS if merged.get(name) is not None]
+        if per_layer:
+            reason = (
+                f"changing the number of layers of a model with {', '.join(per_layer)} is not supported yet"
+            )
+            raise CheckpointError(Fault(path="config.json", reason=reason))
+        merged[key] = plan.num_layers
+    dtypes = {tensor.dtype for tensor in plan.tensors if tensor.dtype is not None}
+    if len(dtypes) == 1:
+        merged["dtype"] = merged["torch_dtype"] = dtypes.pop()
+    return merged
+
+
+def model_card(recipe: Recipe) -> str:
+    """A README for the merged model: its parents, its recipe, and how to merge it again."""
+    parents = "\n".join(f"- {name}" for name in recipe.model_names)
+    return f"""---
+library_name: transformers
+tags: [merge, evomerge]
+---
+# Merged model
+
+Merged with the `{recipe.merge_method}` method from:
+
+{parents}
+
+## Recipe
+
+```yaml
+{recipe.to_yaml()}```
+
+`evomerge merge mergekit_config.yml OUT_DIR` makes this model again; mergekit reads the same file.
+"""
+
+
+def _num_bytes(tensor: TensorPlan) -> int:
+    count = BYTES_PER_ELEMENT[tensor.dtype]
+    for size in tensor.shape:
+        count *= size
+    return count
+
+
+def _tokenizer_donor(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], plan: MergePlan) -> str:
+    """The model whose tokenizer the merged model gets; vocabularies that differ are never mixed silently."""
+    if recipe.tokenizer is not None:
+        reason = "building a tokenizer is not supported yet; use tokenizer_source: base or a model's name"
+        raise ConfigurationError(recipe.fault(("tokenizer",), reason))
+    if recipe.chat_template is not None and "{" not in recipe.chat_template:
+        reason = "only a template's own text is supported so far, not a template's name"
+        raise ConfigurationError(recipe.fault(("chat_template",), reason))
+    wanted = recipe.tokenizer_source
+    chosen = plan.donor if wanted in (None, "base", "union") else str(wanted)
+    if chosen not in checkpoints:
+        reason = f"expected base, union or one of the recipe's models, got {wanted!r}"
+        raise ConfigurationError(recipe.fault(("tokenizer_source",), reason))
+    for name in recipe.model_names:
+        if same_vocabulary(checkpoints[chosen].folder, checkpoints[name].folder) is False:
+            found = difference(checkpoints[chosen].folder, checkpoints[name].folder)
+            reason = (
+                f"its vocabulary differs from that of {chosen}: {found}; sources must share one vocabulary"
+            )
+            raise CheckpointError(Fault(path=name, reason=reason))
+    return chosen

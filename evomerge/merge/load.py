@@ -1,0 +1,79 @@
+"""From a recipe file to a checked recipe with its models opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from evomerge.checkpoints.reader import Checkpoint
+from evomerge.checkpoints.reference import ModelReference, resolve
+from evomerge.errors import ConfigurationError, Fault
+from evomerge.merge.check import check_recipe
+from evomerge.merge.plan import MergePlan, plan_merge
+from evomerge.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRecipe:
+    """A recipe that can be merged.
+
+    Attributes:
+        recipe: The recipe.
+        checkpoints: Model as the recipe names it -> its checkpoint.
+        plan: What to do for every tensor.
+        warnings: What is unusual but not wrong.
+    """
+
+    recipe: Recipe
+    checkpoints: Mapping[str, Checkpoint]
+    plan: MergePlan
+    warnings: tuple[Fault, ...]
+
+
+def load_recipe(path: Path) -> LoadedRecipe:
+    """Read a recipe, check it, open its models and plan it; only headers of weight files are read.
+
+    Local models are looked for beside the recipe first, then in the working directory.
+
+    Raises:
+        ConfigurationError: Carries every fault found.
+    """
+    recipe = Recipe.read(path)
+    warnings = check_recipe(recipe)
+    checkpoints = open_models(recipe, path.resolve().parent)
+    return LoadedRecipe(
+        recipe=recipe,
+        checkpoints=checkpoints,
+        plan=plan_merge(recipe, checkpoints),
+        warnings=tuple(warnings),
+    )
+
+
+def open_models(recipe: Recipe, folder: Path) -> dict[str, Checkpoint]:
+    """Open every model a recipe names.
+
+    Args:
+        recipe: The recipe.
+        folder: Where relative paths are looked for first.
+
+    Raises:
+        ConfigurationError: Carries one fault per model that cannot be opened.
+    """
+    checkpoints: dict[str, Checkpoint] = {}
+    faults: list[Fault] = []
+    places = {source.model: (*place, "model") for place, source in recipe.inputs()}
+    for name in recipe.model_names:
+        place = places.get(name, ("base_model",))
+        try:
+            checkpoints[name] = Checkpoint.open(resolve(ModelReference.parse(name), roots=[folder]))
+        except ConfigurationError as error:
+            for fault in error.faults:
+                text = f"{fault.path}: {fault.reason}" if fault.path else fault.reason
+                where = f"{fault.file}: " if fault.file else ""
+                faults.append(recipe.fault(place, where + text))
+        except ValueError as error:
+            faults.append(recipe.fault(place, str(error)))
+    if faults:
+        raise ConfigurationError(faults)
+    return checkpoints

@@ -1,0 +1,265 @@
+"""Recipe + models -> one operation per output tensor.
+
+Planning reads names, shapes and types only, never weights. The order of precedence of parameters is
+mergekit's: the model's own entry, its slice, its module, the recipe; a setting whose filters do not match
+the tensor is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.checkpoints.architecture import TensorRole, before_layers, classify, layer_name
+from evomerge.checkpoints.reader import Checkpoint
+from evomerge.errors import CheckpointError, ConfigurationError, Fault
+from evomerge.merge.methods import METHODS, Method, Parameter, Scope
+from evomerge.recipe import InputModel, InputSlice, Module, OutputSlice, Parameters, Recipe, evaluate
+
+MAX_FAULTS = 20
+"""Models of different architectures disagree in every tensor; the first faults tell enough."""
+
+TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""safetensors' name of a floating-point type -> torch's; every other type is copied, not merged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """How one output tensor is made.
+
+    Attributes:
+        name: Name in the merged model.
+        shape: Its shape.
+        dtype: Torch's name of the type it is rounded to, or None for a tensor that is copied as it is.
+        inputs: (model, tensor name) per input, in the recipe's order.
+        base: Position of the base model in `inputs`, or None.
+        method: The method that merges it.
+        shared: Values of the method's parameters of scope `recipe`.
+        values: Per input, the values of its parameters.
+        seed: The recipe's seed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None
+    inputs: tuple[tuple[str, str], ...]
+    base: int | None
+    method: Method
+    shared: Mapping[str, Any]
+    values: tuple[Mapping[str, Any], ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """The operations of a recipe.
+
+    Attributes:
+        tensors: One plan per output tensor, sorted by name.
+        num_layers: Number of layers of the merged model.
+        donor: The model that gives config and tokenizer: the base, or the first model.
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    num_layers: int
+    donor: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where in the merged model a tensor lies: its slice, its depth there, and whose layers it takes."""
+
+    piece: OutputSlice
+    module: Module | None
+    depth: float
+    layers: tuple[int | None, ...]
+    out_layer: int | None
+
+
+def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePlan:
+    """Plan every output tensor of a recipe that `check_recipe` accepted.
+
+    Args:
+        recipe: The recipe.
+        checkpoints: Model as the recipe names it -> its checkpoint.
+
+    Raises:
+        CheckpointError: The models do not fit together; names tensors, models and shapes.
+        ConfigurationError: A parameter has no value for some tensor.
+    """
+    planner = _Planner(recipe, checkpoints)
+    tensors = tuple(sorted(planner.tensors(), key=lambda tensor: tensor.name))
+    if planner.faults:
+        raise CheckpointError(planner.faults[:MAX_FAULTS])
+    return MergePlan(tensors=tensors, num_layers=planner.num_layers, donor=planner.donor)
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
+        self.recipe = recipe
+        self.checkpoints = checkpoints
+        self.method = METHODS[recipe.merge_method]
+        self.faults: list[Fault] = []
+        self.roles: dict[str, dict[str, TensorRole]] = {}
+        for name in recipe.model_names:
+            try:
+                self.roles[name] = classify(checkpoints[name].tensors)
+            except ValueError as error:
+                raise CheckpointError(Fault(path=name, reason=str(error))) from None
+        self.module, self.pieces = self.output_slices()
+        self.num_layers = sum(piece.num_layers for piece in self.pieces)
+        self.donor = recipe.base_model or self.pieces[0].sources[0].model
+
+    def output_slices(self) -> tuple[Module | None, list[OutputSlice]]:
+        """The recipe in the `slices` form: whole models become one slice, the base added to it."""
+        ((_, holder),) = self.recipe.modules_or_self()
+        module = holder if isinstance(holder, Module) else None
+        if holder.slices is not None:
+            return module, list(holder.slices)
+        models = list(holder.models or [])
+        base = self.recipe.base_model
+        if base is not None and all(model.model != base for model in models):
+            models.append(InputModel(model=base))
+        depths = {model.model: self.depth_of(model.model) for model in models}
+        if len(set(depths.values())) > 1:
+            found = ", ".join(f"{name} {depth}" for name, depth in depths.items())
+            raise CheckpointError(
+                self.recipe.fault(("models",), f"the models differ in their number of layers: {found}")
+            )
+        sources = [
+            InputSlice(model=model.model, layer_range=(0, depths[model.model]), parameters=model.parameters)
+            for model in models
+        ]
+        return module, [OutputSlice(sources=sources)]
+
+    def depth_of(self, model: str) -> int:
+        return 1 + max(
+            (role.layer for role in self.roles[model].values() if role.layer is not None), default=-1
+        )
+
+    def tensors(self) -> Iterator[TensorPlan]:
+        yield from self.outside_layers(self.pieces[0], before=True)
+        out_layer = 0
+        for number, piece in enumerate(self.pieces):
+            for source in piece.sources:
+                depth = self.depth_of(source.model)
+                if source.layer_range[1] > depth:
+                    path = ("slices", number, "sources")
+                    reason = f"{source.model} has {depth} layers, got layer_range {list(source.layer_range)}"
+                    raise CheckpointError(self.recipe.fault(path, reason))
+            for offset in range(piece.num_layers):
+                place = _Place(
+                    piece=piece,
+                    module=self.module,
+                    depth=offset / (piece.num_layers - 1) if piece.num_layers > 1 else 1.0,
+                    layers=tuple(source.layer_range[0] + offset for source in piece.sources),
+                    out_layer=out_layer,
+                )
+                yield from self.at(place, [self.layer_templates(place, i) for i in range(len(place.layers))])
+                out_layer += 1
+        yield from self.outside_layers(self.pieces[-1], before=False)
+
+    def outside_layers(self, piece: OutputSlice, *, before: bool) -> Iterator[TensorPlan]:
+        place = _Place(
+            piece=piece, module=self.module, depth=0.0, layers=(None,) * len(piece.sources), out_layer=None
+        )
+        names = [
+            [
+                role.name
+                for role in self.roles[source.model].values()
+                if role.layer is None and before_layers(role) == before
+            ]
+            for source in piece.sources
+        ]
+        yield from self.at(place, names)
+
+    def layer_templates(self, place: _Place, index: int) -> list[str]:
+        model = place.piece.sources[index].model
+        return [role.template for role in self.roles[model].values() if role.layer == place.layers[index]]
+
+    def at(self, place: _Place, templates: Sequence[Sequence[str]]) -> Iterator[TensorPlan]:
+        """Plan the tensors of one place; every source must have the same ones there."""
+        sources = place.piece.sources
+        for index in range(1, len(sources)):
+            for missing in sorted(set(templates[0]) - set(templates[index])):
+                self.missing(missing, lacks=sources[index].model, has=sources[0].model)
+            for missing in sorted(set(templates[index]) - set(templates[0])):
+                self.missing(missing, lacks=sources[0].model, has=sources[index].model)
+        common = [name for name in templates[0] if all(name in others for others in templates[1:])]
+        for template in common:
+            plan = self.tensor(place, template)
+            if plan is not None:
+                yield plan
+
+    def missing(self, template: str, *, lacks: str, has: str) -> None:
+        reason = f"missing, but {has} has it; sources must share one architecture"
+        if self.checkpoints[lacks].config.get("tie_word_embeddings") and "{}" not in template:
+            reason += " (this model ties its output head to its embedding)"
+        fault = Fault(path=f"{lacks}: {template}", reason=reason)
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+    def tensor(self, place: _Place, template: str) -> TensorPlan | None:
+        sources = place.piece.sources
+        inputs = tuple(
+            (source.model, template if layer is None else layer_name(template, layer))
+            for source, layer in zip(sources, place.layers, strict=True)
+        )
+        name = template if place.out_layer is None else layer_name(template, place.out_layer)
+        infos = [self.checkpoints[model].tensors[tensor] for model, tensor in inputs]
+        if len({info.shape for info in infos}) > 1:
+            found = ", ".join(
+                f"{model} {list(info.shape)}" for (model, _), info in zip(inputs, infos, strict=True)
+            )
+            self.faults.append(Fault(path=name, reason=f"the models differ in its shape: {found}"))
+            return None
+        base_name = place.piece.base_model or self.recipe.base_model
+        models = [model for model, _ in inputs]
+        base = models.index(base_name) if base_name in models else None
+        is_float = all(info.dtype in TORCH_DTYPES for info in infos)
+        native = TORCH_DTYPES.get(infos[base or 0].dtype)
+        return TensorPlan(
+            name=name,
+            shape=infos[0].shape,
+            dtype=(self.recipe.out_dtype or self.recipe.dtype or native) if is_float else None,
+            inputs=inputs,
+            base=base,
+            method=self.method,
+            shared={
+                parameter.name: self.value(parameter, name, place, None)
+                for parameter in self.method.parameters
+                if parameter.scope is Scope.RECIPE
+            },
+            values=tuple(
+                {
+                    parameter.name: self.value(parameter, tensor, place, source)
+                    for parameter in self.method.parameters
+                    if parameter.scope is Scope.MODEL or (parameter.scope is Scope.NON_BASE and index != base)
+                }
+                for index, (source, (_, tensor)) in enumerate(zip(sources, inputs, strict=True))
+            ),
+            seed=self.recipe.evomerge.seed,
+        )
+
+    def value(
+        self, parameter: Parameter, tensor_name: str, place: _Place, source: InputSlice | None
+    ) -> bool | int | float | None:
+        levels: list[Parameters | None] = [
+            source.parameters if source is not None else None,
+            place.piece.parameters,
+            place.module.parameters if place.module is not None else None,
+            self.recipe.parameters,
+        ]
+        for level in levels:
+            if level and parameter.name in level:
+                value = evaluate(
+                    level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
+                )
+                if value is not None:
+                    return parameter.check(value)
+        if parameter.required:
+            of = f" of {source.model}" if source is not None else ""
+            reason = f"{self.method.name} requires it, but no setting{of} matches the tensor {tensor_name}"
+            raise ConfigurationError(self.recipe.fault(("parameters", parameter.name), reason))
+        return parameter.default

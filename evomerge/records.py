@@ -1,0 +1,154 @@
+"""The frozen records that cross process and file borders: dimensions, candidates, outcomes, trials.
+
+Nothing here knows how a candidate is made, evaluated or stored; it only names what is passed around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+Genome = tuple[float, ...]
+"""The searched numbers of one candidate, in the units of the space's dimensions."""
+
+Metrics = Mapping[str, Mapping[str, float]]
+"""task -> metric -> aggregated value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One searched number.
+
+    Attributes:
+        name: What the number controls, such as `weight[math]` or `density[kana].mlp`.
+        low: Smallest value, inclusive.
+        high: Largest value, inclusive.
+        start: Value the search starts from.
+        log: Whether equal steps of the search are equal ratios instead of equal differences.
+    """
+
+    name: str
+    low: float
+    high: float
+    start: float
+    log: bool = False
+
+
+class Status(StrEnum):
+    """How the evaluation of a candidate ended."""
+
+    OK = "ok"
+    INVALID = "invalid"
+    """The candidate itself is unusable: non-finite weights or logits, a recipe that cannot be merged."""
+    FAILED = "failed"
+    """The machinery failed: out of memory, a dead worker, a timeout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleScores:
+    """Scores of the documents of one task, one column per metric.
+
+    Attributes:
+        doc_ids: Positions of the documents in the task's evaluation set, ascending.
+        values: metric -> one score per document, in the order of `doc_ids`.
+    """
+
+    doc_ids: tuple[int, ...]
+    values: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What evaluating a candidate gave.
+
+    Attributes:
+        status: How the evaluation ended.
+        reason: Why the status is not `ok`; empty otherwise.
+        metrics: Aggregated metrics, empty unless `ok`.
+        samples: task -> per-document scores, empty unless `ok`.
+        seconds: Wall time per phase: `materialise`, `forward`, `other`, `total`.
+        attempts: How many times the candidate was dispatched, retries included.
+        counts: Tallies for the audit, such as `truncated` and `generations`.
+    """
+
+    status: Status
+    reason: str = ""
+    metrics: Metrics = field(default_factory=dict)
+    samples: Mapping[str, SampleScores] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    attempts: int = 1
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate with its outcome, as the journal keeps it.
+
+    Attributes:
+        number: Position in the order in which candidates were asked for, from 0.
+        candidate: Hash of the canonical recipe.
+        genome: The searched numbers.
+        asked_after: How many trials the searcher had been told of when it proposed this one.
+        status: How the evaluation ended.
+        reason: Why the status is not `ok`.
+        fitness: The number the searcher maximises, or None unless `ok`.
+        metrics: task -> metric -> value.
+        scores: File with the per-document scores, relative to the run directory, or empty.
+        seconds: Wall time per phase.
+        attempts: How many times the candidate was dispatched.
+        counts: Tallies for the audit.
+    """
+
+    number: int
+    candidate: str
+    genome: Genome
+    asked_after: int
+    status: Status
+    reason: str = ""
+    fitness: float | None = None
+    metrics: Metrics = field(default_factory=dict)
+    scores: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    attempts: int = 1
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """An evaluation at the end of a run: the winner, a source model or a baseline.
+
+    Unique by `name` and `stage`, the documents it was evaluated on. `recipe` is None for a model that was
+    not merged; the other fields mean what they mean in `Trial`.
+    """
+
+    name: str
+    stage: Literal["holdout", "search"]
+    candidate: str
+    recipe: Mapping[str, Any] | None
+    status: Status
+    reason: str = ""
+    metrics: Metrics = field(default_factory=dict)
+    scores: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a run started from.
+
+    Attributes:
+        experiment: Hash of the resolved experiment.
+        settings: The resolved experiment itself, so that a change can be shown.
+        inputs: Model or task -> hash of its content.
+        versions: Library -> version.
+        seed: The searcher's seed.
+    """
+
+    experiment: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    versions: Mapping[str, str]
+    seed: int

@@ -1,0 +1,98 @@
+"""The holdout table of a run, made from its journal and score files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from evomerge.fitness.objectives import Estimate, Objective, PairedTest, estimate, paired_test
+from evomerge.records import Final, SampleScores, Status
+from evomerge.run_dir import RunDir
+
+WINNER = "winner"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model of the table.
+
+    Attributes:
+        name: What it is.
+        fitness: Its fitness on the holdout with its standard error.
+        metrics: Objective's label -> value.
+        num_documents: Documents it was scored on.
+        truncated: Generations that ran into the token limit.
+    """
+
+    name: str
+    fitness: Estimate
+    metrics: Mapping[str, float]
+    num_documents: int
+    truncated: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldoutTable:
+    """The honest comparison.
+
+    Attributes:
+        rows: The winner first, then the others from best to worst.
+        rival: Name of the best of the others.
+        test: The winner against the rival, paired over documents.
+        tests: Every other model's name -> the winner against it.
+        failed: Models that could not be scored -> why.
+    """
+
+    rows: tuple[Row, ...]
+    rival: str
+    test: PairedTest
+    tests: Mapping[str, PairedTest]
+    failed: Mapping[str, str]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence about whether the winner's lead is more than chance."""
+        test = self.test
+        numbers = f"{test.difference:+.4f}, 95 % interval {test.low:+.4f} to {test.high:+.4f}, p = {test.p_value:.2g}"
+        if test.difference > 0 and test.significant:
+            return f"the winner beats the best of the others, {self.rival} ({numbers})"
+        if test.difference > 0:
+            return f"the winner's lead over {self.rival} is NOT significant ({numbers})"
+        return f"the winner does NOT beat {self.rival} ({numbers})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as plain values."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def holdout_table(
+    run_dir: RunDir, finals: Sequence[Final], objectives: Sequence[Objective]
+) -> HoldoutTable | None:
+    """Build the table; None while the holdout is not complete enough to compare anything."""
+    held_out = [final for final in finals if final.stage == "holdout"]
+    samples: dict[str, Mapping[str, SampleScores]] = {
+        final.name: run_dir.read_scores(final.scores) for final in held_out if final.status is Status.OK
+    }
+    if WINNER not in samples or len(samples) < 2:
+        return None
+    rows = [
+        Row(
+            name=final.name,
+            fitness=estimate(samples[final.name], objectives),
+            metrics={item.label: final.metrics[item.task][item.key] for item in objectives},
+            num_documents=sum(len(scores.doc_ids) for scores in samples[final.name].values()),
+            truncated=final.counts.get("truncated", 0),
+        )
+        for final in held_out
+        if final.name in samples
+    ]
+    rows.sort(key=lambda row: (row.name != WINNER, -row.fitness.mean))
+    tests = {row.name: paired_test(samples[WINNER], samples[row.name], objectives) for row in rows[1:]}
+    return HoldoutTable(
+        rows=tuple(rows),
+        rival=rows[1].name,
+        test=tests[rows[1].name],
+        tests=tests,
+        failed={final.name: final.reason for final in held_out if final.status is not Status.OK},
+    )

@@ -1,0 +1,73 @@
+"""The state of a run, from its journal alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evomerge.fitness.objectives import Objective
+from evomerge.journal import Journal
+from evomerge.lock import is_locked
+from evomerge.loop import best_trial
+from evomerge.report.holdout import holdout_table
+from evomerge.run_dir import RunDir
+
+
+def run_status(path: Path) -> dict[str, Any]:
+    """State, progress, best trial and holdout table of a run.
+
+    Args:
+        path: The run directory.
+
+    Returns:
+        Plain values: `state` is `running`, `finished`, or how the run ended (`stopped`, `interrupted`,
+        `failed`).
+
+    Raises:
+        ConfigurationError: The folder holds no run.
+        JournalDamagedError: The journal is damaged before its last line.
+    """
+    folder = RunDir(path)
+    journal = Journal.load(folder.journal)
+    written: dict[str, Any] = {}
+    if folder.status.is_file():
+        written = json.loads(folder.status.read_text(encoding="utf-8"))
+    best = best_trial(journal.trials)
+    table = holdout_table(folder, journal.finals, read_objectives(journal))
+    state = written.get("state", "starting")
+    if state not in ("finished", "failed", "stopped", "interrupted"):
+        state = "running" if is_locked(path) else "killed"
+    return {
+        "state": state,
+        "run_dir": str(path),
+        "name": journal.header.settings["name"],
+        "evaluations": {
+            "done": len(journal.trials),
+            "total": journal.header.settings["search"]["evaluations"],
+        },
+        "invalid": sum(trial.fitness is None for trial in journal.trials),
+        "best": None
+        if best is None
+        else {
+            "trial": best.number,
+            "candidate": best.candidate,
+            "fitness": best.fitness,
+            "metrics": best.metrics,
+        },
+        "holdout": None if table is None else table.to_dict(),
+    }
+
+
+def read_objectives(journal: Journal) -> tuple[Objective, ...]:
+    """The objectives as they were resolved when the run started."""
+    return tuple(
+        Objective(
+            task=item["task"],
+            metric=item["metric"],
+            filter=item["filter"],
+            weight=item["weight"],
+            maximize=item["direction"] == "maximize",
+        )
+        for item in journal.header.settings["objectives"]
+    )

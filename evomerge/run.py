@@ -1,0 +1,237 @@
+"""Starting and continuing runs: the functions behind `evomerge run` and `evomerge resume`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import InputsChangedError, RunExistsError
+from evomerge.finish import finish
+from evomerge.fitness.harness import stock_command
+from evomerge.journal import Journal
+from evomerge.lock import RunLock
+from evomerge.loop import Observer, Run, StopFlag, library_versions
+from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
+from evomerge.recipe import Recipe
+from evomerge.records import Header, Trial
+from evomerge.report.holdout import HoldoutTable, holdout_table
+from evomerge.run_dir import RunDir
+from evomerge.workers import WorkerPool, build_pool, worker_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run found.
+
+    Attributes:
+        run_dir: Its folder.
+        best: The winning trial.
+        recipe: The winner.
+        holdout: The comparison on held-out documents, or None when none were kept.
+        commands: Stock `lm_eval` commands that score the exported winner on the same documents.
+    """
+
+    run_dir: Path
+    best: Trial
+    recipe: Recipe
+    holdout: HoldoutTable | None
+    commands: tuple[str, ...]
+
+
+def start_run(
+    experiment: Path,
+    run_dir: Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    allow_task_code: bool = False,
+    observer: Observer,
+    stop: StopFlag,
+) -> RunResult:
+    """Search for the best merge of an experiment.
+
+    Args:
+        experiment: The experiment file.
+        run_dir: Folder of the run; `runs/<name>` by default.
+        overrides: `path=value` texts that change the experiment.
+        allow_task_code: Whether task files outside lm-eval may run Python code.
+        observer: Hears of progress.
+        stop: Set it to stop the run between evaluations.
+
+    Raises:
+        ConfigurationError: The experiment cannot be run as it is.
+        RunExistsError: The folder already holds a run.
+        RunLockedError: Another controller works in the folder.
+        NoValidCandidateError: A generation brought no valid candidate.
+        RunStoppedError: A stop was asked for.
+        WorkerError: The workers cannot be started, or keep dying.
+    """
+    observer.phase("checking the experiment, its models and tasks")
+    if run_dir is not None:
+        _refuse_existing(run_dir)
+    prepared = prepare(experiment, overrides=overrides, allow_task_code=allow_task_code)
+    folder = RunDir(Path(run_dir or Path("runs") / prepared.experiment.name))
+    _refuse_existing(folder.path)
+    settings = settings_of(prepared.experiment)
+    header = Header(
+        experiment=settings_hash(settings),
+        settings=settings,
+        inputs=prepared.inputs,
+        versions=library_versions(),
+        seed=prepared.experiment.search.seed,
+    )
+    # The journal comes after the workers, so that a run that cannot start leaves nothing to be resumed.
+    with _started_pool(prepared, observer) as pool:
+        folder.create()
+        with RunLock(folder.path):
+            folder.write_experiment(settings, prepared.inputs)
+            with Journal.create(folder.journal, header) as journal:
+                return _carry_out(prepared, folder, journal, pool, observer, stop)
+
+
+def resume_run(
+    run_dir: Path, *, allow_task_code: bool = False, observer: Observer, stop: StopFlag
+) -> RunResult:
+    """Continue a run exactly where it was, or show the result of a finished one.
+
+    Raises:
+        InputsChangedError: The experiment, a model or the documents changed since the run started.
+        JournalDamagedError: The journal is damaged before its last line.
+        ReplayMismatchError: The searcher proposes other genomes than recorded.
+        Otherwise as `start_run`.
+    """
+    folder = RunDir(run_dir)
+    Journal.load(folder.journal).close()
+    with RunLock(run_dir), Journal.open(folder.journal) as journal:
+        folder.create()
+        for note in journal.notes:
+            folder.log(note)
+            observer.event(note)
+        observer.phase("checking that the experiment, its models and tasks are unchanged")
+        if not folder.experiment.is_file():
+            folder.write_experiment(journal.header.settings, journal.header.inputs)
+        prepared = prepare(folder.experiment, allow_task_code=allow_task_code)
+        _refuse_changes(folder, journal.header, prepared)
+        with _started_pool(prepared, observer) as pool:
+            return _carry_out(prepared, folder, journal, pool, observer, stop)
+
+
+def _refuse_existing(run_dir: Path) -> None:
+    if RunDir(run_dir).journal.exists():
+        raise RunExistsError(
+            f"{run_dir}: this folder already holds a run; continue it with `evomerge resume {run_dir}`, or "
+            "choose another folder with --run-dir"
+        )
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise RunExistsError(f"{run_dir}: exists and is not an empty folder; choose another with --run-dir")
+
+
+def _refuse_changes(folder: RunDir, header: Header, prepared: PreparedRun) -> None:
+    changes = [
+        *_differences(header.settings, settings_of(prepared.experiment)),
+        *_differences(header.inputs, prepared.inputs),
+    ]
+    if changes:
+        listed = "\n".join(f"  {change}" for change in changes)
+        raise InputsChangedError(
+            f"{folder.path}: changed since the run started:\n{listed}\nrestore what changed to continue this "
+            "run, or start a new one"
+        )
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (old, new) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(old, new, f"{path}.{index}")
+    elif before != now:
+        yield f"{path}: {before} -> {now}"
+
+
+@contextlib.contextmanager
+def _started_pool(prepared: PreparedRun, observer: Observer) -> Iterator[WorkerPool]:
+    observer.phase("starting workers")
+    donor = prepared.checkpoints[prepared.spec.donor]
+    pool = build_pool(
+        prepared.spec,
+        prepared.experiment.workers,
+        worker_bytes=worker_memory(
+            [math.prod(info.shape) for info in donor.tensors.values()],
+            itemsize=2 if prepared.experiment.evaluation.dtype != "float32" else 4,
+            num_models=len(prepared.checkpoints),
+        ),
+    )
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _carry_out(
+    prepared: PreparedRun,
+    folder: RunDir,
+    journal: Journal,
+    pool: WorkerPool,
+    observer: Observer,
+    stop: StopFlag,
+) -> RunResult:
+    for warning in prepared.warnings:
+        folder.log(warning)
+        observer.event(warning)
+    run = Run(
+        run_dir=folder,
+        journal=journal,
+        space=prepared.space,
+        searcher=prepared.new_searcher(),
+        objectives=prepared.objectives,
+        documents=prepared.search_documents,
+        evaluations=prepared.experiment.search.evaluations,
+        pool=pool,
+        observer=observer,
+        stop=stop,
+    )
+    state = "failed"
+    try:
+        observer.phase(f"searching on {pool.size} worker{'s' if pool.size > 1 else ''}")
+        best = run.search()
+        finish(run, prepared, best)
+        table = holdout_table(folder, journal.finals, prepared.objectives)
+        run.write_status("finished", holdout=None if table is None else table.to_dict())
+        state = "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    except Exception as error:
+        state = "stopped" if getattr(error, "exit_code", 1) == 75 else "failed"
+        folder.log(f"{state}: {error}")
+        raise
+    finally:
+        if state != "finished":
+            with contextlib.suppress(OSError):  # a full disk must not hide the error that is on its way
+                run.write_status(state)
+    return RunResult(
+        run_dir=folder.path,
+        best=best,
+        recipe=prepared.space.decode(best.genome),
+        holdout=table,
+        commands=tuple(stock_commands(prepared, folder)),
+    )
+
+
+def stock_commands(prepared: PreparedRun, folder: RunDir) -> Iterator[str]:
+    """Stock `lm_eval` commands that score the exported winner on the holdout documents."""
+    for documents in prepared.holdout_documents:
+        yield stock_command(
+            documents,
+            folder.best_model.resolve(),
+            prepared.library,
+            prepared.experiment.evaluation,
+            dtype=prepared.experiment.evaluation.dtype,
+            device=prepared.spec.device,
+            threads=prepared.spec.threads,
+        )

@@ -1,0 +1,125 @@
+"""What one worker does: hold the sources and one live model, and score one job at a time.
+
+It knows nothing of Ray or of processes; pools decide where it lives.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.checkpoints.reader import Checkpoint
+from evomerge.errors import EvomergeError
+from evomerge.fitness.base import DocumentSet, Evaluator, NonFiniteLogitsError, Scores
+from evomerge.merge.live import LiveModel, NonFiniteWeightsError
+from evomerge.merge.plan import plan_merge
+from evomerge.records import Outcome, Status
+from evomerge.workers.base import Job, WorkerSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BuildEvaluator = Callable[["PreTrainedModel", "PreTrainedTokenizerBase"], Evaluator]
+
+
+class Worker:
+    """Holds memory-mapped sources, a live model and an evaluator.
+
+    Args:
+        spec: What to hold and how to score.
+        build_evaluator: Makes the evaluator of a model; lm-eval's by default.
+    """
+
+    def __init__(self, spec: WorkerSpec, build_evaluator: BuildEvaluator | None = None) -> None:
+        import torch
+
+        torch.set_num_threads(spec.threads)
+        torch.set_grad_enabled(False)
+        self._spec = spec
+        self._sources = {name: Checkpoint.open(folder) for name, folder in spec.models.items()}
+        self._build_evaluator = build_evaluator or _harness(spec)
+        model, tokenizer = load_model(spec.models[spec.donor], spec)
+        self._live = LiveModel(model)
+        self._evaluator = self._build_evaluator(model, tokenizer)
+
+    @property
+    def live(self) -> LiveModel:
+        """The resident model."""
+        return self._live
+
+    def run(self, job: Job) -> Outcome:
+        """Score a job; what is wrong with the candidate or the machine becomes the outcome's status."""
+        started = time.perf_counter()
+        try:
+            if job.checkpoint is not None:
+                materialised, scores = self._score_checkpoint(job.checkpoint, job.documents)
+            else:
+                assert job.recipe is not None
+                self._live.write(plan_merge(job.recipe, self._sources), self._sources)
+                materialised = time.perf_counter()
+                scores = self._evaluator.evaluate(job.documents)
+        except (NonFiniteWeightsError, NonFiniteLogitsError) as error:
+            return Outcome(status=Status.INVALID, reason=str(error), seconds=_since(started))
+        except EvomergeError as error:
+            return Outcome(status=Status.INVALID, reason=str(error), seconds=_since(started))
+        except (MemoryError, RuntimeError) as error:
+            # torch reports exhausted memory and unsupported operations alike as RuntimeError.
+            gc.collect()
+            reason = f"{type(error).__name__}: {error}"
+            return Outcome(status=Status.FAILED, reason=reason, seconds=_since(started))
+        return _outcome(scores, started, materialised)
+
+    def _score_checkpoint(self, folder: Path, documents: Sequence[DocumentSet]) -> tuple[float, Scores]:
+        model, tokenizer = load_model(folder, self._spec)
+        evaluator = self._build_evaluator(model, tokenizer)
+        return time.perf_counter(), evaluator.evaluate(documents)
+
+
+def load_model(folder: Path, spec: WorkerSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint for scoring, the way the stock `lm_eval --model hf` does."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    evaluation = spec.evaluation
+    options = {} if evaluation.attention is None else {"attn_implementation": evaluation.attention}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=evaluation.dtype, local_files_only=True, **options
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.to(spec.device).eval(), tokenizer
+
+
+def _harness(spec: WorkerSpec) -> BuildEvaluator:
+    from evomerge.fitness.harness import HarnessEvaluator, TaskLibrary
+
+    library = TaskLibrary(spec.tasks, spec.include_path, allow_code=spec.allow_task_code)
+
+    def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluator:
+        return HarnessEvaluator(model, tokenizer, library, spec.metrics, spec.evaluation)
+
+    return build
+
+
+def _since(started: float) -> dict[str, float]:
+    return {"total": time.perf_counter() - started}
+
+
+def _outcome(scores: Scores, started: float, materialised: float) -> Outcome:
+    ended = time.perf_counter()
+    materialise, total = materialised - started, ended - started
+    return Outcome(
+        status=Status.OK,
+        metrics=scores.metrics,
+        samples=scores.samples,
+        counts=scores.counts,
+        seconds={
+            "materialise": materialise,
+            "forward": scores.forward_seconds,
+            "other": total - materialise - scores.forward_seconds,
+            "total": total,
+        },
+    )
