@@ -29,11 +29,12 @@ from evomerge.errors import (
     RefusedError,
     RunExistsError,
 )
-from evomerge.journal import Final, Header, Journal
-from evomerge.records import Status, Trial
+from evomerge.journal import Journal
+from evomerge.records import Final, Header, Status, Trial
 
 HEADER = Header(
     experiment="e1f0",
+    settings={"name": "tiny", "search": {"evaluations": 8}},
     inputs={"models/base": "aa", "tasks/算数": "bb"},
     versions={"cma": "4.4.0", "torch": "2.9.0"},
     seed=7,
@@ -419,7 +420,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(evomerge.__file__).parents[1
 APPEND_FOREVER = """
 import sys
 from evomerge.journal import Journal
-from evomerge.records import Status, Trial
+from evomerge.records import Final, Header, Status, Trial
 
 with Journal.open(sys.argv[1]) as journal:
     number = len(journal.trials)
@@ -458,7 +459,7 @@ FILL_THE_DISK = """
 import json, resource, signal, sys
 from evomerge.errors import EvomergeError
 from evomerge.journal import Journal
-from evomerge.records import Status, Trial
+from evomerge.records import Final, Header, Status, Trial
 
 if sys.argv[2]:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -7,11 +7,12 @@ is complete; see `checkpoints/writer.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.checkpoints.reader import Checkpoint
+from evomerge.checkpoints.reader import DTYPES, Checkpoint, contained
 from evomerge.checkpoints.tokenizer import difference, same_vocabulary, tokenizer_files
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.errors import CheckpointError, ConfigurationError, Fault
@@ -19,7 +20,6 @@ from evomerge.merge.execute import merge_tensor
 from evomerge.merge.plan import MergePlan, TensorPlan, plan_merge
 from evomerge.recipe import Recipe
 
-BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, None: 8}
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
@@ -48,7 +48,7 @@ def export_model(
     """
     plan = plan_merge(recipe, checkpoints)
     donor = checkpoints[_tokenizer_donor(recipe, checkpoints, plan)]
-    expected = sum(_num_bytes(tensor) for tensor in plan.tensors)
+    expected = sum(_num_bytes(tensor, checkpoints) for tensor in plan.tensors)
     with CheckpointWriter(out_dir, shard_bytes=shard_bytes, expected_bytes=expected) as writer:
         for done, tensor_plan in enumerate(plan.tensors, start=1):
             merged = merge_tensor(tensor_plan, checkpoints)
@@ -65,7 +65,7 @@ def export_model(
                 writer.copy(file)
         if recipe.chat_template:
             writer.add_text("chat_template.jinja", recipe.chat_template)
-        generation_config = checkpoints[plan.donor].folder / "generation_config.json"
+        generation_config = contained(checkpoints[plan.donor].folder, "generation_config.json")
         if generation_config.is_file():
             writer.copy(generation_config)
         writer.add_text("mergekit_config.yml", recipe.to_yaml())
@@ -114,11 +114,11 @@ Merged with the `{recipe.merge_method}` method from:
 """
 
 
-def _num_bytes(tensor: TensorPlan) -> int:
-    count = BYTES_PER_ELEMENT[tensor.dtype]
-    for size in tensor.shape:
-        count *= size
-    return count
+def _num_bytes(plan: TensorPlan, checkpoints: Mapping[str, Checkpoint]) -> int:
+    model, name = plan.inputs[0]
+    stored = DTYPES[checkpoints[model].tensors[name].dtype]
+    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(plan.dtype or "", stored.itemsize)
+    return math.prod(plan.shape) * itemsize
 
 
 def _tokenizer_donor(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], plan: MergePlan) -> str:

@@ -13,6 +13,9 @@ What is decided here:
 - A generation of equals says nothing and is not told. Selecting among equals would only let the step size
   drift, for small populations towards 0.
 
+The genomes depend in their last bits on the linear algebra below numpy: on another kind of processor, or
+with another number of BLAS threads in about a hundred dimensions and more, a replay may differ.
+
 Source: Nikolaus Hansen, "The CMA Evolution Strategy: A Tutorial", 2016, https://arxiv.org/abs/1604.00772.
 The penalty follows Nikolaus Hansen, Andre S. P. Niederberger, Lino Guzzella and Petros Koumoutsakos, "A
 Method for Handling Uncertainty in Evolutionary Optimization With an Application to Feedback Control of
@@ -99,7 +102,7 @@ class CmaEs(GenerationalSearcher):
                     # populations below 6 to mirrored samples, that fail when a generation is not told.
                     "AdaptSigma": cma.sigma_adaptation.CMAAdaptSigmaCSA,
                     "CMA_mirrors": 0,
-                    # Any other seed would seed numpy's global generator.
+                    # All draws come from our own generator; numpy's global one is not even seeded.
                     "seed": numpy.nan,
                     "randn": lambda *shape: rng.standard_normal(shape),
                     # Prints nothing, writes no logs, reads no file of signals.

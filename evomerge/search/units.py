@@ -76,5 +76,4 @@ def _coordinate(dimension: Dimension) -> float:
         low, high, start = math.log(low), math.log(high), math.log(start)
     # Halved first: the distance of two finite numbers may overflow.
     span = high / 2 - low / 2
-    u = (start / 2 - low / 2) / span if span > 0 else 0.0
-    return min(max(u, 0.0), 1.0)
+    return (start / 2 - low / 2) / span if span > 0 else 0.0

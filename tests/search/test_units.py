@@ -53,6 +53,10 @@ def test_the_start_comes_back_from_the_cube(a, b, c, log):
     assert cube.genome(cube.start)[0] == pytest.approx(start, rel=1e-12, abs=1e-12 * (high - low))
 
 
+def test_the_widest_dimension_has_its_start_where_it_belongs():
+    assert UnitCube([dimension(low=-1.6e308, high=1.6e308, start=0.8e308)]).start == (0.75,)
+
+
 def test_equal_steps_are_equal_differences_or_on_a_log_scale_equal_ratios():
     cube = UnitCube([dimension(low=-1, high=3, start=0), dimension(low=1e-4, high=1, start=1e-2, log=True)])
     assert cube.start == pytest.approx((0.25, 0.5))

@@ -31,7 +31,7 @@ def add_weighted(inputs: MergeInputs, deltas: list[Tensor]) -> Tensor:
     weights = [inputs.values[index]["weight"] for index in inputs.others]
     merged = torch.zeros_like(inputs.base_tensor)
     for delta, weight in zip(deltas, weights, strict=True):
-        merged.add_(delta, alpha=weight)
+        merged.add_(delta.mul_(weight))
     if inputs.shared["normalize"] and abs(sum(weights)) >= TINY_SUM:
         merged.div_(sum(weights))
     return merged.mul_(inputs.shared["lambda"]).add_(inputs.base_tensor)
