@@ -195,14 +195,13 @@ class _Checks:
 
     @contextlib.contextmanager
     def collect(self, *places: FieldPath) -> Iterator[None]:
-        """Note the faults raised inside; those without a place of their own are put at the given one."""
+        """Note the faults raised inside; those without a line of their own are put at the given place."""
         try:
             yield
         except ConfigurationError as error:
             for fault in error.faults:
-                if fault.file is None and places:
-                    reason = f"{fault.path}: {fault.reason}" if fault.path else fault.reason
-                    fault = self.document.fault(places[0], reason)
+                if fault.line is None and places:
+                    fault = self.document.fault(places[0], str(fault))
                 elif fault.file is None and fault.path:
                     place = tuple(int(part) if part.isdigit() else part for part in fault.path.split("."))
                     if place[0] in self.document.data:
@@ -244,7 +243,9 @@ class _Checks:
         lines = {
             place[1:]: line for place, line in self.document.lines.items() if place[:1] == ("search_space",)
         }
-        return Document(data=experiment.search_space, file=self.document.file, lines=lines)
+        return Document(
+            data=experiment.search_space, file=self.document.file, lines=lines, prefix=("search_space",)
+        )
 
     def tasks(
         self, experiment: Experiment, include_path: tuple[Path, ...], *, allow_code: bool

@@ -7,6 +7,7 @@ What the fields mean is left to the schemas in `recipe.py`, `experiment.py` and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from evomerge.errors import ConfigurationError, Fault, nearest
 
@@ -32,9 +34,6 @@ class StrictRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
 
-_NUMBER_LIKE = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """One YAML document with the line of every value.
@@ -43,18 +42,21 @@ class Document:
         data: The document as plain Python values.
         file: Name for messages, or None for text without a file.
         lines: Field path -> line, counted from 1.
+        prefix: Where the document lies inside its file, when it is only a part of it.
     """
 
     data: Any
     file: str | None = None
     lines: dict[FieldPath, int] = field(default_factory=dict)
+    prefix: FieldPath = ()
 
     def fault(self, path: FieldPath, reason: str) -> Fault:
         """Describe a fault at `path`, located at the nearest line known."""
         known = path
         while known and known not in self.lines:
             known = known[:-1]
-        return Fault(path=dotted(path), reason=reason, file=self.file, line=self.lines.get(known))
+        where = dotted(self.prefix + path)
+        return Fault(path=where, reason=reason, file=self.file, line=self.lines.get(known))
 
 
 def dotted(path: FieldPath) -> str:
@@ -62,16 +64,32 @@ def dotted(path: FieldPath) -> str:
     return ".".join(str(part) for part in path)
 
 
-class _PlainBooleans(yaml.SafeLoader):
-    """PyYAML's safe loader without YAML 1.1's yes, no, on and off."""
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_BOOL = "tag:yaml.org,2002:bool"
+_MERGE = "tag:yaml.org,2002:merge"
 
 
-_PlainBooleans.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_PlainBooleans.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+def _resolvers_without(*tags: str) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    return {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in tags]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _LenientLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without dates: 2024-01-01 is text."""
+
+    yaml_implicit_resolvers = _resolvers_without(_TIMESTAMP)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Also without YAML 1.1's yes, no, on and off."""
+
+    yaml_implicit_resolvers = _resolvers_without(_TIMESTAMP, _BOOL)
+
+
+_StrictLoader.add_implicit_resolver(
+    _BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
@@ -90,42 +108,59 @@ class _Builder:
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES:
             raise self.error(node, path, f"more than {MAX_NODES} values once aliases are expanded")
-        first_visit = id(node) not in self.seen
-        if not first_visit and not self.lenient:
+        if id(node) in self.seen and not self.lenient:
             raise self.error(node, path, "aliases (*name) are not allowed here; write the value out")
         self.seen.add(id(node))
         self.lines[path] = node.start_mark.line + 1
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node, path)
+        if node.tag not in (
+            yaml.resolver.Resolver.DEFAULT_MAPPING_TAG,
+            yaml.resolver.Resolver.DEFAULT_SEQUENCE_TAG,
+        ):
+            raise self.error(node, path, f"the tag {node.tag} is not allowed; write plain values")
         if isinstance(node, yaml.MappingNode):
-            if first_visit:
-                self.refuse_duplicates(node, path)
-                if self.lenient:
-                    self.loader.flatten_mapping(node)
             return self.mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+
+    def scalar(self, node: yaml.ScalarNode, path: FieldPath) -> Any:
         try:
             return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            raise self.error(node, path, f"cannot be read: {error}") from None
-
-    def refuse_duplicates(self, node: yaml.MappingNode, path: FieldPath) -> None:
-        """Runs before merge keys (`<<`) are resolved, which may override each other."""
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen and isinstance(key_node, yaml.ScalarNode):
-                raise self.error(key_node, (*path, key), "the key appears twice; remove one of them")
-            seen.add(key)
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            reason = getattr(error, "problem", None) or error
+            raise self.error(node, path, f"cannot be read: {reason}") from None
 
     def mapping(self, node: yaml.MappingNode, path: FieldPath) -> dict[Hashable, Any]:
-        result: dict[Hashable, Any] = {}
+        line = self.lines[path]
+        merged: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE:
+                merged = {**self.merge_key(value_node, path), **merged}
+        self.lines[path] = line
+        own: dict[Hashable, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self.error(key_node, path, "keys must be plain text")
-            key = self.loader.construct_object(key_node)
+            if key_node.tag == _MERGE:
+                continue
+            key = self.scalar(key_node, path)
             here = (*path, key if type(key) is int else str(key))
-            result[key] = self.build(value_node, here)
+            if key in own:
+                raise self.error(key_node, here, "the key appears twice; remove one of them")
+            own[key] = self.build(value_node, here)
             self.lines[here] = key_node.start_mark.line + 1
+        return {**merged, **own}
+
+    def merge_key(self, node: yaml.Node, path: FieldPath) -> dict[Hashable, Any]:
+        """The mapping that `<<` adds; of several the first wins, and the mapping's own keys over all."""
+        if not self.lenient:
+            raise self.error(node, path, "merge keys (<<) are not allowed here; write the values out")
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(part, yaml.MappingNode) for part in parts):
+            raise self.error(node, path, "a merge key (<<) takes a mapping or a list of mappings")
+        result: dict[Hashable, Any] = {}
+        for part in parts:
+            result = {**self.build(part, path), **result}
         return result
 
     def error(self, node: yaml.Node, path: FieldPath, reason: str) -> ConfigurationError:
@@ -146,9 +181,9 @@ def parse_yaml(text: str, *, file: str | None = None, lenient: bool = False) -> 
     """
     if len(text) > MAX_BYTES:
         raise ConfigurationError(Fault(path="", file=file, reason=f"larger than {MAX_BYTES} bytes"))
-    loader = (yaml.SafeLoader if lenient else _PlainBooleans)(text)
     documents = []
     try:
+        loader = (_LenientLoader if lenient else _StrictLoader)(text)
         while loader.check_node():
             node = loader.get_node()
             assert node is not None
@@ -156,15 +191,13 @@ def parse_yaml(text: str, *, file: str | None = None, lenient: bool = False) -> 
             documents.append(Document(data=builder.build(node, ()), file=file, lines=builder.lines))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error)
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         line = mark.line + 1 if mark is not None else None
         raise ConfigurationError(
             Fault(path="", file=file, line=line, reason=f"not valid YAML: {reason}")
         ) from None
     except RecursionError:
         raise ConfigurationError(Fault(path="", file=file, reason="nested too deeply")) from None
-    finally:
-        loader.dispose()
     return documents
 
 
@@ -175,6 +208,8 @@ def read_yaml(path: Path, *, lenient: bool = False) -> list[Document]:
         ConfigurationError: The file is missing, not text, or refused by `parse_yaml`.
     """
     try:
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise ConfigurationError(Fault(path="", file=str(path), reason=f"larger than {MAX_BYTES} bytes"))
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -226,17 +261,26 @@ def _faults(
             reason = f"unknown key{nearest(str(item['loc'][-1]), known)}"
             reason += f"; known keys: {', '.join(sorted(known))}" if known else ""
         elif kind == "missing":
-            reason = "missing; this key is required"
+            reason = f"missing; this key is required{_misspelt(schema, item)}"
         elif kind == "value_error":
             reason = str(item["ctx"]["error"])
         else:
             reason = f"{_lower_first(item['msg'])}, got {_describe(item['input'])}"
-            if isinstance(item["input"], str) and _NUMBER_LIKE.fullmatch(item["input"]):
+            if isinstance(item["input"], str) and _is_number(item["input"]):
                 reason += "; YAML reads this as text, write it as a plain decimal such as 0.001"
         fault = document.fault(path, reason)
         if fault not in faults:
             faults.append(fault)
     return faults
+
+
+def _misspelt(schema: type[BaseModel], item: ErrorDetails) -> str:
+    """Name the unknown key beside a missing one that was probably meant to be it."""
+    known = _keys_beside(schema, item["loc"])
+    unknown = (
+        [str(key) for key in item["input"] if key not in known] if isinstance(item["input"], dict) else []
+    )
+    return nearest(str(item["loc"][-1]), unknown).replace("did you mean", "is it meant by")
 
 
 def _document_path(loc: tuple[int | str, ...], data: Any, at: FieldPath) -> FieldPath:
@@ -287,6 +331,13 @@ def _models_in(annotation: Any) -> list[Any]:
     return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
 
 
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
@@ -319,7 +370,7 @@ def _represent_float(dumper: yaml.SafeDumper, data: float) -> yaml.Node:
 
     PyYAML reads an exponent only behind a decimal point and with a sign: `1e-05` would come back as text.
     """
-    text = repr(data)
+    text = repr(data) if math.isfinite(data) else {math.inf: ".inf", -math.inf: "-.inf"}.get(data, ".nan")
     if "e" in text and "." not in text:
         text = text.replace("e", ".0e")
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,58 @@ def make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {name}.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{do_sample: false, max_gen_toks: 2, until: [" "]}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+EXPERIMENT = """\
+name: tiny
+base_model: {zoo}/base
+models:
+  - {zoo}/one
+  - {zoo}/two
+search_space:
+  type: parameter
+  merge_method: task_arithmetic
+  parameters:
+    weight: {{low: 0.0, high: 1.0}}
+objectives:
+  - {{task: letters, metric: exact_match}}
+search: {{algorithm: cma-es, evaluations: 6, seed: 1, population: 4}}
+evaluation:
+  batch_size: 8
+  holdout: 0.25
+  include_path: [tasks]
+workers: {{backend: inline}}
+finish: {{baseline_scales: [0.5]}}
+"""
+
+
+def make_task(folder: Path, name: str = "letters", *, count: int = 16) -> Path:
+    """Write an lm-eval task that asks a model to echo a letter, with its data beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name), encoding="utf-8")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    documents = [{"question": f"{letters[i % 26]}{i % 10}=", "answer": letters[i % 26]} for i in range(count)]
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def make_experiment(folder: Path, zoo: Path, text: str = EXPERIMENT) -> Path:
+    """Write an experiment over a tiny zoo, with its task in `tasks/`."""
+    make_task(folder / "tasks")
+    file = folder / "experiment.yml"
+    file.write_text(text.format(zoo=zoo), encoding="utf-8")
+    return file
