@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model_validator
 
 from evomerge.errors import ConfigurationError, Fault
 from evomerge.yaml_file import (
@@ -31,13 +32,22 @@ from evomerge.yaml_file import (
     validate,
 )
 
-Scalar = bool | int | float | str | None
+Scalar = bool | int | float | str
+
+
+def _as_value(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if not isinstance(item, (bool, int, float, str)):
+            found = {dict: "a mapping", list: "a list", type(None): "nothing"}.get(type(item), repr(item))
+            raise ValueError(f"expected a number, true, false, text or a list of these, got {found}")
+    return value
 
 
 class ConditionalValue(StrictRecord):
     """A value for the tensors whose name contains `filter`; no filter or `*` matches every tensor."""
 
-    value: Scalar | list[Scalar]
+    value: Annotated[Scalar | list[Scalar], BeforeValidator(_as_value)]
     filter: str | None = None
 
     def matches(self, tensor_name: str) -> bool:
@@ -59,7 +69,14 @@ def _as_conditionals(value: Any) -> Any:
     return [{"value": value}]
 
 
-Setting = Annotated[list[ConditionalValue], BeforeValidator(_as_conditionals)]
+def _in_short(setting: list[ConditionalValue]) -> Any:
+    """Write a setting the short way: a lone value without a filter stands for itself."""
+    if len(setting) == 1 and setting[0].filter is None:
+        return setting[0].value
+    return [conditional.model_dump(exclude_defaults=True) for conditional in setting]
+
+
+Setting = Annotated[list[ConditionalValue], BeforeValidator(_as_conditionals), PlainSerializer(_in_short)]
 """What a recipe says about one parameter: conditional values, the first that matches counts."""
 
 Parameters = dict[str, Setting]
@@ -67,16 +84,25 @@ Parameters = dict[str, Setting]
 
 def _as_model_text(value: Any) -> Any:
     """Accept mergekit's long form of a model, `{model: {path, revision}, lora: {path}}`."""
-    if not isinstance(value, dict) or "model" not in value:
+    if not isinstance(value, dict):
         return value
+    if "model" not in value or set(value) - {"model", "lora"}:
+        found = ", ".join(map(str, value))
+        raise ValueError(f"expected a model's text, or a mapping of 'model' and 'lora', got keys {found}")
+    text = _path_text(value["model"])
+    return f"{text}+{_path_text(value['lora'])}" if value.get("lora") is not None else text
 
-    def path_text(part: Any) -> str:
-        if isinstance(part, dict):
-            return str(part.get("path")) + (f"@{part['revision']}" if part.get("revision") else "")
-        return str(part)
 
-    text = path_text(value["model"])
-    return f"{text}+{path_text(value['lora'])}" if value.get("lora") else text
+def _path_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if (
+        not isinstance(part, dict)
+        or not isinstance(part.get("path"), str)
+        or set(part) - {"path", "revision"}
+    ):
+        raise ValueError(f"expected a path, or a mapping of 'path' and 'revision', got {part!r}")
+    return str(part["path"]) + (f"@{part['revision']}" if part.get("revision") is not None else "")
 
 
 ModelText = Annotated[str, BeforeValidator(_as_model_text)]
@@ -84,7 +110,7 @@ ModelText = Annotated[str, BeforeValidator(_as_model_text)]
 
 
 def _as_pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(coerce(item, "int") for item in value) if isinstance(value, list) else value
 
 
 class InputModel(StrictRecord):
@@ -98,7 +124,7 @@ class InputSlice(StrictRecord):
     """Layers `layer_range[0]` up to but excluding `layer_range[1]` of one model."""
 
     model: ModelText
-    layer_range: Annotated[tuple[int, int], BeforeValidator(_as_pair)]
+    layer_range: Annotated[tuple[int, int], BeforeValidator(_as_pair), PlainSerializer(list)]
     parameters: Parameters | None = None
 
     @model_validator(mode="after")
@@ -236,9 +262,7 @@ class Recipe(StrictRecord):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values in mergekit's shape, defaults left out, settings in short form."""
-        data = self.model_dump(exclude_defaults=True, mode="python")
-        data["evomerge"] = self.evomerge.model_dump()
-        return {key: _shorten(value) for key, value in data.items()}
+        return {**self.model_dump(exclude_defaults=True), "evomerge": self.evomerge.model_dump()}
 
     def to_yaml(self) -> str:
         """The recipe as YAML that mergekit and `Recipe` read to the same merge."""
@@ -247,11 +271,11 @@ class Recipe(StrictRecord):
     @property
     def hash(self) -> str:
         """Hash of the canonical recipe, 16 hexadecimal digits; equal recipes have equal hashes."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
+        return isinstance(other, Recipe) and self.hash == other.hash
 
     def __hash__(self) -> int:
         return hash(self.hash)
@@ -292,18 +316,6 @@ class Recipe(StrictRecord):
         return cls.from_document(read_single(path, lenient=True))
 
 
-def _shorten(value: Any) -> Any:
-    """Write settings the short way: a lone conditional value without filter as its value."""
-    if isinstance(value, dict):
-        return {key: _shorten(item) for key, item in value.items()}
-    if isinstance(value, list):
-        items = [_shorten(item) for item in value]
-        if len(items) == 1 and isinstance(items[0], dict) and set(items[0]) == {"value"}:
-            return items[0]["value"]
-        return items
-    return list(value) if isinstance(value, tuple) else value
-
-
 Kind = Literal["bool", "int", "float"]
 
 
@@ -313,21 +325,19 @@ def coerce(value: Scalar, kind: Kind) -> bool | int | float:
     Raises:
         ValueError: The value does not suit the type.
     """
-    expected = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
     if kind == "bool":
         if isinstance(value, str) and value.lower() in _BOOLEANS:
             return _BOOLEANS[value.lower()]
         if isinstance(value, (bool, int, float)) and value in (0, 1):
             return bool(value)
-    elif not isinstance(value, bool) and value is not None:
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
-            number = float("nan")
-        if kind == "float" and number == number and abs(number) != float("inf"):
-            return number
-        if kind == "int" and number == number and number == int(number):
-            return int(number)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number) and (kind == "float" or number.is_integer()):
+            return number if kind == "float" else int(number)
+    expected = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
     raise ValueError(f"expected {expected}, got {value!r}")
 
 
@@ -359,7 +369,7 @@ def evaluate(setting: Setting, *, tensor_name: str, depth: float, kind: Kind) ->
         if not conditional.matches(tensor_name):
             continue
         if not isinstance(conditional.value, list):
-            return None if conditional.value is None else coerce(conditional.value, kind)
+            return coerce(conditional.value, kind)
         points = [coerce(point, kind) for point in conditional.value]
         if not points:
             return None

@@ -6,9 +6,12 @@ often keep parameters of the method they were first written for.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from evomerge.errors import ConfigurationError, Fault, nearest
-from evomerge.merge.methods import METHODS, BasePolicy, Method, Scope
-from evomerge.recipe import InputModel, InputSlice, Parameters, Recipe, coerce
+from evomerge.merge.methods import METHODS, BasePolicy, Method, Parameter, Scope
+from evomerge.recipe import Parameters, Recipe, Setting, coerce
 from evomerge.yaml_file import FieldPath
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,128 +27,149 @@ def check_recipe(recipe: Recipe) -> list[Fault]:
     Raises:
         ConfigurationError: Carries every fault found.
     """
-    faults: list[Fault] = []
-    for key in ("dtype", "out_dtype"):
-        value = getattr(recipe, key)
-        if value is not None and value not in DTYPES:
-            expected = ", ".join(DTYPES)
-            faults.append(
-                recipe.fault((key,), f"expected one of {expected}, got {value!r}{nearest(value, DTYPES)}")
-            )
-    if recipe.modules is not None and len(recipe.modules) > 1:
-        found = ", ".join(recipe.modules)
-        faults.append(
-            recipe.fault(("modules",), f"models of several modules are not supported yet; got {found}")
-        )
+    faults = list(_head_faults(recipe))
     method = METHODS.get(recipe.merge_method)
     if method is None:
         reason = f"unknown method {recipe.merge_method!r}{nearest(recipe.merge_method, METHODS)}"
-        faults.append(
-            recipe.fault(("merge_method",), f"{reason}; known methods: {', '.join(sorted(METHODS))}")
-        )
+        known = ", ".join(sorted(METHODS))
+        faults.append(recipe.fault(("merge_method",), f"{reason}; known methods: {known}"))
         raise ConfigurationError(faults)
-    faults += _check_inputs(recipe, method)
     warnings: list[Fault] = []
     for place, parameters in recipe.parameter_sets():
-        is_model_level = place[:-1] in {input_place for input_place, _ in recipe.inputs()}
-        _check_parameters(recipe, method, place, parameters, is_model_level, faults, warnings)
-    faults += _missing_parameters(recipe, method)
+        for name, setting in parameters.items():
+            parameter = method.parameter(name)
+            if parameter is not None:
+                faults += _value_faults(recipe, (*place, name), parameter, setting)
+            elif owners := [other.name for other in METHODS.values() if other.parameter(name)]:
+                reason = f"{method.name} has no such parameter and ignores it; it belongs to "
+                warnings.append(recipe.fault((*place, name), reason + ", ".join(owners)))
+            else:
+                known = ", ".join(parameter.name for parameter in method.parameters)
+                every = {parameter.name for other in METHODS.values() for parameter in other.parameters}
+                reason = f"unknown parameter{nearest(name, every)}; parameters of {method.name}: {known}"
+                faults.append(recipe.fault((*place, name), reason))
+    for merge in _merges(recipe):
+        for fault in (*_input_faults(recipe, method, merge), *_missing_parameters(recipe, method, merge)):
+            if fault not in faults:
+                faults.append(fault)
+        warnings += _without_effect(recipe, method, merge)
     if faults:
         raise ConfigurationError(faults)
     return warnings
 
 
-def _check_parameters(
-    recipe: Recipe,
-    method: Method,
-    place: FieldPath,
-    parameters: Parameters,
-    is_model_level: bool,
-    faults: list[Fault],
-    warnings: list[Fault],
-) -> None:
-    for name, setting in parameters.items():
-        here = (*place, name)
-        parameter = method.parameter(name)
-        if parameter is None:
-            owners = [other.name for other in METHODS.values() if other.parameter(name)]
-            if owners:
-                reason = f"{method.name} has no such parameter and ignores it; it belongs to "
-                warnings.append(recipe.fault(here, reason + ", ".join(owners)))
-            else:
-                known = [known.name for known in method.parameters]
-                reason = f"unknown parameter{nearest(name, known)}"
-                faults.append(
-                    recipe.fault(here, f"{reason}; parameters of {method.name}: {', '.join(known)}")
-                )
-            continue
-        if is_model_level and parameter.scope is Scope.RECIPE:
-            reason = "has no effect on a single model; move it to the recipe's or slice's parameters"
-            warnings.append(recipe.fault(here, reason))
-        for conditional in setting:
-            values = conditional.value if isinstance(conditional.value, list) else [conditional.value]
-            for value in values:
-                if value is None:
-                    continue
-                try:
-                    parameter.check(coerce(value, parameter.kind))
-                except ValueError as error:
-                    faults.append(recipe.fault(here, str(error)))
+@dataclass(frozen=True, kw_only=True)
+class _Merge:
+    """Models that are merged with each other: those of the recipe or module, or those of one slice.
+
+    Attributes:
+        place: Where the inputs stand.
+        models: Their names.
+        parameters: Their own parameters.
+        shared: Parameters that reach all of them: of the slice, the module and the recipe.
+        base: The base model that counts here.
+        implied: The base model, when the recipe does not list it and it joins the inputs by itself.
+    """
+
+    place: FieldPath
+    models: list[str]
+    parameters: list[Parameters]
+    shared: Parameters
+    base: str | None
+    implied: str | None = None
 
 
-def _check_inputs(recipe: Recipe, method: Method) -> list[Fault]:
-    faults: list[Fault] = []
-    groups: dict[FieldPath, list[InputModel | InputSlice]] = {}
-    for place, source in recipe.inputs():
-        groups.setdefault(place[:-1], []).append(source)
-    for place, sources in groups.items():
-        names = [source.model for source in sources]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            faults.append(recipe.fault(place, f"the model {name!r} appears twice in one merge"))
-        base = recipe.base_model
-        if isinstance(sources[0], InputSlice):
-            number = place[-2]
-            for _, module in recipe.modules_or_self():
-                assert module.slices is not None
-                base = module.slices[int(number)].base_model or base
-            if method.base is BasePolicy.REQUIRED and base is not None and base not in names:
-                reason = f"{method.name} needs the base model {base!r} among the sources of every slice"
-                faults.append(recipe.fault(place, reason))
-        elif base is not None and base not in names:
-            names.append(base)
-        if method.base is BasePolicy.REQUIRED and base is None:
-            reason = f"missing; {method.name} needs a base model, the one its sources were fine-tuned from"
-            fault = recipe.fault(("base_model",), reason)
-            if fault not in faults:
-                faults.append(fault)
-        if len(names) < method.min_models:
-            reason = f"{method.name} needs at least {method.min_models} models, the base counted; "
-            faults.append(recipe.fault(place, reason + f"got {', '.join(names)}"))
-        if method.max_models is not None and len(names) > method.max_models:
-            reason = f"{method.name} takes at most {method.max_models} models, the base counted; "
-            faults.append(recipe.fault(place, reason + f"got {', '.join(names)}"))
-    return faults
+def _merges(recipe: Recipe) -> Iterator[_Merge]:
+    for place, holder in recipe.modules_or_self():
+        shared = {**(recipe.parameters or {}), **(holder.parameters or {})}
+        if holder.models is not None:
+            names = [model.model for model in holder.models]
+            yield _Merge(
+                place=(*place, "models"),
+                models=names,
+                parameters=[model.parameters or {} for model in holder.models],
+                shared=shared,
+                base=recipe.base_model,
+                implied=recipe.base_model if recipe.base_model not in names else None,
+            )
+        for number, piece in enumerate(holder.slices or []):
+            yield _Merge(
+                place=(*place, "slices", number, "sources"),
+                models=[source.model for source in piece.sources],
+                parameters=[source.parameters or {} for source in piece.sources],
+                shared={**shared, **(piece.parameters or {})},
+                base=piece.base_model or recipe.base_model,
+            )
 
 
-def _missing_parameters(recipe: Recipe, method: Method) -> list[Fault]:
-    """Required parameters that a model can get from nowhere; filters are judged per tensor when planned."""
-    everywhere = [
-        parameters
-        for place, parameters in recipe.parameter_sets()
-        if place[:-1] not in {input_place for input_place, _ in recipe.inputs()}
-    ]
-    faults = []
+def _head_faults(recipe: Recipe) -> Iterator[Fault]:
+    for key in ("dtype", "out_dtype"):
+        value = getattr(recipe, key)
+        if value is not None and value not in DTYPES:
+            reason = f"expected one of {', '.join(DTYPES)}, got {value!r}{nearest(value, DTYPES)}"
+            yield recipe.fault((key,), reason)
+    if recipe.modules is not None and len(recipe.modules) > 1:
+        found = ", ".join(recipe.modules)
+        yield recipe.fault(("modules",), f"models of several modules are not supported yet; got {found}")
+
+
+def _value_faults(
+    recipe: Recipe, place: FieldPath, parameter: Parameter, setting: Setting
+) -> Iterator[Fault]:
+    for conditional in setting:
+        values = conditional.value if isinstance(conditional.value, list) else [conditional.value]
+        for value in values:
+            try:
+                parameter.check(coerce(value, parameter.kind))
+            except ValueError as error:
+                yield recipe.fault(place, str(error))
+
+
+def _input_faults(recipe: Recipe, method: Method, merge: _Merge) -> Iterator[Fault]:
+    for name in sorted({name for name in merge.models if merge.models.count(name) > 1}):
+        yield recipe.fault(merge.place, f"the model {name!r} appears twice in one merge")
+    names = [*merge.models, *([merge.implied] if merge.implied else [])]
+    if method.base is BasePolicy.REQUIRED and merge.base is None:
+        reason = f"missing; {method.name} needs a base model, the one its sources were fine-tuned from"
+        yield recipe.fault(("base_model",), reason)
+    elif method.base is BasePolicy.REQUIRED and merge.base not in names:
+        reason = f"{method.name} needs the base model {merge.base!r} among the sources of every slice"
+        yield recipe.fault(merge.place, reason)
+    fewest, most = method.min_models, method.max_models
+    if len(names) < fewest or (most is not None and len(names) > most):
+        limit = f"at least {fewest}" if len(names) < fewest else f"at most {most}"
+        reason = f"{method.name} takes {limit} models, the base counted; got {', '.join(names)}"
+        yield recipe.fault(merge.place, reason)
+
+
+def _missing_parameters(recipe: Recipe, method: Method, merge: _Merge) -> Iterator[Fault]:
+    """Required parameters that nothing gives; filters are judged per tensor when planned."""
     for parameter in method.parameters:
-        if not parameter.required or any(parameter.name in parameters for parameters in everywhere):
+        if not parameter.required or parameter.name in merge.shared:
             continue
         reason = f"missing; {method.name} requires it"
         if parameter.scope is Scope.RECIPE:
-            faults.append(recipe.fault(("parameters", parameter.name), reason))
+            yield recipe.fault(("parameters", parameter.name), reason)
             continue
-        for place, source in recipe.inputs():
-            is_base = source.model == recipe.base_model
-            if is_base and parameter.scope is Scope.NON_BASE:
+        for index, (model, own) in enumerate(zip(merge.models, merge.parameters, strict=True)):
+            needs_it = parameter.scope is Scope.MODEL or model != merge.base
+            if needs_it and parameter.name not in own:
+                yield recipe.fault((*merge.place, index, "parameters", parameter.name), reason)
+        if merge.implied and parameter.scope is Scope.MODEL:
+            reason = f"{method.name} merges the base model too and requires its {parameter.name!r}; "
+            yield recipe.fault(("base_model",), reason + "list it under 'models', or remove base_model")
+
+
+def _without_effect(recipe: Recipe, method: Method, merge: _Merge) -> Iterator[Fault]:
+    """Parameters of single models that the method does not read there."""
+    for index, (model, own) in enumerate(zip(merge.models, merge.parameters, strict=True)):
+        for name in own:
+            place = (*merge.place, index, "parameters", name)
+            parameter = method.parameter(name)
+            if parameter is None:
                 continue
-            if parameter.name not in (source.parameters or {}):
-                faults.append(recipe.fault((*place, "parameters", parameter.name), reason))
-    return faults
+            if parameter.scope is Scope.RECIPE:
+                reason = "has no effect on a single model; move it to the recipe's or slice's parameters"
+                yield recipe.fault(place, reason)
+            elif parameter.scope is Scope.NON_BASE and model == merge.base:
+                yield recipe.fault(place, "has no effect on the base model, which has no task vector")

@@ -47,15 +47,16 @@ def hash_element(element: int, k0: int, k1: int) -> int:
     return x ^ (x >> 16)
 
 
-def hash_range(count: int, k0: int, k1: int, *, first: int = 0) -> Tensor:
-    """Hashes of the elements `first` .. `first + count - 1`, int64 of shape [count] with values < 2^32."""
-    import torch
+def hash_elements(elements: Tensor, k0: int, k1: int) -> Tensor:
+    """Hashes of the given elements, int64 of their shape with values < 2^32.
 
-    elements = torch.arange(first, first + count, dtype=torch.int64)
+    Args:
+        elements: Positions in the flattened tensor, int64 of any shape; left unchanged.
+        k0: First key.
+        k1: Second key.
+    """
     # int64 products wrap modulo 2^64, which keeps their low 32 bits right.
-    x = elements.bitwise_and(_MASK).bitwise_xor_(k0)
-    if first + count > 2**32:
-        x.bitwise_xor_(elements.bitwise_right_shift_(32).mul_(0x9E3779B9).bitwise_and_(_MASK))
+    x = (elements >> 32).mul_(0x9E3779B9).bitwise_xor_(elements).bitwise_xor_(k0).bitwise_and_(_MASK)
     x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).add_(k1).bitwise_and_(_MASK)
     x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
     return x.bitwise_xor_(x >> 16)
@@ -79,5 +80,6 @@ def keep_mask(count: int, probability: float, *, seed: int, tensor_name: str, so
     k0, k1 = keys(seed, tensor_name, source)
     for first in range(0, count, step):
         size = min(step, count - first)
-        torch.lt(hash_range(size, k0, k1, first=first), bound, out=mask[first : first + size])
+        elements = torch.arange(first, first + size)
+        torch.lt(hash_elements(elements, k0, k1), bound, out=mask[first : first + size])
     return mask

@@ -51,14 +51,25 @@ def merge_tensor(plan: TensorPlan, sources: Mapping[str, TensorSource]) -> Tenso
     return merged
 
 
-def _copy(plan: TensorPlan, tensors: list[Tensor]) -> Tensor:
-    import torch
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a merged tensor holds no NaN and no infinity."""
+    # An 8-bit float, which is only ever copied, has no arithmetic.
+    return not tensor.is_floating_point() or tensor.itemsize == 1 or bool(tensor.isfinite().all())
 
-    first = tensors[plan.base or 0]
+
+def _copy(plan: TensorPlan, tensors: list[Tensor]) -> Tensor:
+    first = tensors[0]
     for (model, name), tensor in zip(plan.inputs, tensors, strict=True):
-        if tensor.dtype != first.dtype or not torch.equal(tensor, first):
+        if tensor.dtype != first.dtype or not _same_bits(tensor, first):
             reason = (
                 f"{name} is of type {tensor.dtype} and differs between the models; only equal ones are copied"
             )
             raise CheckpointError(Fault(path=model, reason=reason))
     return first.clone()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    import torch
+
+    # 8-bit floats cannot be compared as they are.
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evomerge.checkpoints.architecture import num_layers
 from evomerge.checkpoints.reader import DTYPES, Checkpoint, contained
 from evomerge.checkpoints.tokenizer import difference, same_vocabulary, tokenizer_files
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.errors import CheckpointError, ConfigurationError, Fault
-from evomerge.merge.execute import merge_tensor
-from evomerge.merge.plan import MergePlan, TensorPlan, plan_merge
+from evomerge.merge.execute import is_finite, merge_tensor
+from evomerge.merge.plan import MergePlan, TensorPlan, plan_merge, tied_heads
 from evomerge.recipe import Recipe
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -48,48 +49,71 @@ def export_model(
     """
     plan = plan_merge(recipe, checkpoints)
     donor = checkpoints[_tokenizer_donor(recipe, checkpoints, plan)]
+    config = merged_config(plan, checkpoints)
+    for name, checkpoint in checkpoints.items():
+        _check_tied_heads(name, checkpoint)
     expected = sum(_num_bytes(tensor, checkpoints) for tensor in plan.tensors)
     with CheckpointWriter(out_dir, shard_bytes=shard_bytes, expected_bytes=expected) as writer:
         for done, tensor_plan in enumerate(plan.tensors, start=1):
             merged = merge_tensor(tensor_plan, checkpoints)
-            if merged.is_floating_point() and not merged.isfinite().all():
+            if not is_finite(merged):
                 raise CheckpointError(
                     Fault(path=tensor_plan.name, reason="the merged tensor holds NaN or infinity")
                 )
             writer.add(tensor_plan.name, merged)
             if progress is not None:
                 progress(done, len(plan.tensors))
-        writer.add_json("config.json", merged_config(checkpoints[plan.donor].config, plan))
+        writer.add_json("config.json", config)
         for file in tokenizer_files(donor.folder):
             if not (recipe.chat_template and file.name == "chat_template.jinja"):
                 writer.copy(file)
         if recipe.chat_template:
             writer.add_text("chat_template.jinja", recipe.chat_template)
-        generation_config = contained(checkpoints[plan.donor].folder, "generation_config.json")
-        if generation_config.is_file():
-            writer.copy(generation_config)
+        folder = checkpoints[plan.donor].folder
+        if (folder / "generation_config.json").exists():
+            writer.copy(contained(folder, "generation_config.json"))
         writer.add_text("mergekit_config.yml", recipe.to_yaml())
         writer.add_text("README.md", model_card(recipe))
         writer.commit()
 
 
-def merged_config(config: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
-    """The donor's config with the layer count and weight type of the merged model."""
-    merged = {key: value for key, value in config.items() if key not in ("torch_dtype", "_name_or_path")}
-    for key in LAYER_COUNT_KEYS:
-        if key not in merged or merged[key] == plan.num_layers:
-            continue
-        per_layer = [name for name in PER_LAYER_KEYS if merged.get(name) is not None]
-        if per_layer:
-            reason = (
-                f"changing the number of layers of a model with {', '.join(per_layer)} is not supported yet"
-            )
-            raise CheckpointError(Fault(path="config.json", reason=reason))
-        merged[key] = plan.num_layers
+def merged_config(plan: MergePlan, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """The donor's config with what every layer is, their number and the weight type of the merged model.
+
+    Raises:
+        CheckpointError: The number of layers changes, but the config does not say it in a known place.
+    """
+    merged = {key: value for key, value in checkpoints[plan.donor].config.items() if key != "_name_or_path"}
+    counts = [key for key in LAYER_COUNT_KEYS if key in merged]
+    if not counts and plan.num_layers != num_layers(checkpoints[plan.donor].tensors):
+        reason = f"states the number of layers in none of {', '.join(LAYER_COUNT_KEYS)}, so it cannot change"
+        raise CheckpointError(Fault(path=f"{plan.donor}: config.json", reason=reason))
+    merged |= dict.fromkeys(counts, plan.num_layers)
+    for key in PER_LAYER_KEYS:
+        if merged.get(key) is not None:
+            merged[key] = [_per_layer(checkpoints[model], model, key, layer) for model, layer in plan.layers]
     dtypes = {tensor.dtype for tensor in plan.tensors if tensor.dtype is not None}
     if len(dtypes) == 1:
         merged["dtype"] = merged["torch_dtype"] = dtypes.pop()
     return merged
+
+
+def _per_layer(checkpoint: Checkpoint, name: str, key: str, layer: int) -> Any:
+    values = checkpoint.config.get(key)
+    if not isinstance(values, list) or layer >= len(values):
+        reason = f"expected {key} to be a list with an entry for layer {layer}, got {values!r}"
+        raise CheckpointError(Fault(path=f"{name}: config.json", reason=reason))
+    return values[layer]
+
+
+def _check_tied_heads(name: str, checkpoint: Checkpoint) -> None:
+    for head, embedding in tied_heads(checkpoint).items():
+        if not checkpoint.tensor(head).equal(checkpoint.tensor(embedding)):
+            reason = (
+                f"config.json ties {head} to {embedding}, but they differ; set tie_word_embeddings to what is "
+                "meant"
+            )
+            raise CheckpointError(Fault(path=name, reason=reason))
 
 
 def model_card(recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evomerge.errors import CheckpointError, Fault
-from evomerge.merge.execute import TensorSource, merge_tensor
+from evomerge.merge.execute import TensorSource, is_finite, merge_tensor
 from evomerge.merge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class LiveModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._targets: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            self._targets[name] = tensor.data
+        self._targets: dict[str, Tensor] = {
+            name: tensor.data for name, tensor in model.state_dict(keep_vars=True).items()
+        }
         self._names_by_storage: dict[int, list[str]] = {}
         for name, tensor in self._targets.items():
             self._names_by_storage.setdefault(tensor.data_ptr(), []).append(name)
@@ -51,11 +51,19 @@ class LiveModel:
             NonFiniteWeightsError: A merged tensor is not finite; the model then holds a partial candidate.
         """
         self._check_cover(plan)
+        written: dict[int, str] = {}
         for tensor_plan in plan.tensors:
-            merged = merge_tensor(tensor_plan, sources)
-            if merged.is_floating_point() and not merged.isfinite().all():
-                raise NonFiniteWeightsError(f"{tensor_plan.name}: the merged tensor holds NaN or infinity")
-            self._targets[tensor_plan.name].copy_(merged)
+            name, target = tensor_plan.name, self._targets[tensor_plan.name]
+            # In the model's own type, which may hold less than the plan's.
+            merged = merge_tensor(tensor_plan, sources).to(target.dtype)
+            if not is_finite(merged):
+                raise NonFiniteWeightsError(f"{name}: the merged tensor holds NaN or infinity")
+            other = written.setdefault(target.data_ptr(), name)
+            if other == name:
+                target.copy_(merged)
+            elif not target.equal(merged.to(target.device)):
+                reason = f"the model ties it to {other}, but the recipe merges the two differently"
+                raise CheckpointError(Fault(path=name, reason=reason))
 
     def poison(self) -> None:
         """Overwrite every floating-point parameter with NaN; what a candidate leaves unwritten then shows."""

@@ -57,13 +57,19 @@ class MergePlan:
 
     Attributes:
         tensors: One plan per output tensor, sorted by name.
-        num_layers: Number of layers of the merged model.
+        layers: For every layer of the merged model, the model and layer it stems from in the first place:
+            the base's, or the first source's.
         donor: The model that gives config and tokenizer: the base, or the first model.
     """
 
     tensors: tuple[TensorPlan, ...]
-    num_layers: int
+    layers: tuple[tuple[str, int], ...]
     donor: str
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of the merged model."""
+        return len(self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +98,29 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
     tensors = tuple(sorted(planner.tensors(), key=lambda tensor: tensor.name))
     if planner.faults:
         raise CheckpointError(planner.faults[:MAX_FAULTS])
-    return MergePlan(tensors=tensors, num_layers=planner.num_layers, donor=planner.donor)
+    return MergePlan(tensors=tensors, layers=tuple(planner.layers()), donor=planner.donor)
+
+
+def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
+    """Output head -> embedding, for heads that a checkpoint stores although its config ties them.
+
+    Such a head is a copy of the embedding; it is not merged, but tied again when the model is loaded.
+    """
+    if checkpoint.config.get("tie_word_embeddings") is not True:
+        return {}
+    roles = classify(checkpoint.tensors).values()
+    shapes = {
+        checkpoint.tensors[role.name].shape: role.name
+        for role in roles
+        if role.part == "embedding" and role.layer is None
+    }
+    return {
+        role.name: shapes[checkpoint.tensors[role.name].shape]
+        for role in roles
+        if role.part == "head"
+        and role.name.endswith(".weight")
+        and checkpoint.tensors[role.name].shape in shapes
+    }
 
 
 class _Planner:
@@ -101,14 +129,19 @@ class _Planner:
         self.checkpoints = checkpoints
         self.method = METHODS[recipe.merge_method]
         self.faults: list[Fault] = []
-        self.roles: dict[str, dict[str, TensorRole]] = {}
+        # Model -> layer, or None outside the layers -> template -> role.
+        self.roles: dict[str, dict[int | None, dict[str, TensorRole]]] = {}
         for name in recipe.model_names:
             try:
-                self.roles[name] = classify(checkpoints[name].tensors)
+                roles = classify(checkpoints[name].tensors)
             except ValueError as error:
                 raise CheckpointError(Fault(path=name, reason=str(error))) from None
+            by_layer = self.roles.setdefault(name, {})
+            for role in roles.values():
+                by_layer.setdefault(role.layer, {})[role.template] = role
+            for head in tied_heads(checkpoints[name]):
+                del by_layer[None][head]
         self.module, self.pieces = self.output_slices()
-        self.num_layers = sum(piece.num_layers for piece in self.pieces)
         self.donor = recipe.base_model or self.pieces[0].sources[0].model
 
     def output_slices(self) -> tuple[Module | None, list[OutputSlice]]:
@@ -134,9 +167,14 @@ class _Planner:
         return module, [OutputSlice(sources=sources)]
 
     def depth_of(self, model: str) -> int:
-        return 1 + max(
-            (role.layer for role in self.roles[model].values() if role.layer is not None), default=-1
-        )
+        return sum(layer is not None for layer in self.roles[model])
+
+    def layers(self) -> Iterator[tuple[str, int]]:
+        for piece in self.pieces:
+            base = piece.base_model or self.recipe.base_model
+            source = next((source for source in piece.sources if source.model == base), piece.sources[0])
+            for layer in range(*source.layer_range):
+                yield source.model, layer
 
     def tensors(self) -> Iterator[TensorPlan]:
         yield from self.outside_layers(self.pieces[0], before=True)
@@ -156,7 +194,7 @@ class _Planner:
                     layers=tuple(source.layer_range[0] + offset for source in piece.sources),
                     out_layer=out_layer,
                 )
-                yield from self.at(place, [self.layer_templates(place, i) for i in range(len(place.layers))])
+                yield from self.at(place, [self.roles_at(place, i) for i in range(len(place.layers))])
                 out_layer += 1
         yield from self.outside_layers(self.pieces[-1], before=False)
 
@@ -164,33 +202,34 @@ class _Planner:
         place = _Place(
             piece=piece, module=self.module, depth=0.0, layers=(None,) * len(piece.sources), out_layer=None
         )
-        names = [
+        yield from self.at(
+            place,
             [
-                role.name
-                for role in self.roles[source.model].values()
-                if role.layer is None and before_layers(role) == before
-            ]
-            for source in piece.sources
-        ]
-        yield from self.at(place, names)
+                {
+                    name: role
+                    for name, role in self.roles_at(place, i).items()
+                    if before_layers(role) == before
+                }
+                for i in range(len(place.layers))
+            ],
+        )
 
-    def layer_templates(self, place: _Place, index: int) -> list[str]:
-        model = place.piece.sources[index].model
-        return [role.template for role in self.roles[model].values() if role.layer == place.layers[index]]
+    def roles_at(self, place: _Place, index: int) -> Mapping[str, TensorRole]:
+        return self.roles[place.piece.sources[index].model].get(place.layers[index], {})
 
-    def at(self, place: _Place, templates: Sequence[Sequence[str]]) -> Iterator[TensorPlan]:
+    def at(self, place: _Place, roles: Sequence[Mapping[str, TensorRole]]) -> Iterator[TensorPlan]:
         """Plan the tensors of one place; every source must have the same ones there."""
         sources = place.piece.sources
         for index in range(1, len(sources)):
-            for missing in sorted(set(templates[0]) - set(templates[index])):
+            for missing in sorted(roles[0].keys() - roles[index].keys()):
                 self.missing(missing, lacks=sources[index].model, has=sources[0].model)
-            for missing in sorted(set(templates[index]) - set(templates[0])):
+            for missing in sorted(roles[index].keys() - roles[0].keys()):
                 self.missing(missing, lacks=sources[0].model, has=sources[index].model)
-        common = [name for name in templates[0] if all(name in others for others in templates[1:])]
-        for template in common:
-            plan = self.tensor(place, template)
-            if plan is not None:
-                yield plan
+        for template in roles[0]:
+            if all(template in others for others in roles[1:]):
+                plan = self.tensor(place, template)
+                if plan is not None:
+                    yield plan
 
     def missing(self, template: str, *, lacks: str, has: str) -> None:
         reason = f"missing, but {has} has it; sources must share one architecture"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from evomerge.errors import ConfigurationError, nearest
 from evomerge.spaces.base import SearchSpace, SourceModels
-from evomerge.spaces.parameter import ParameterSpace, ParameterSpaceSettings
+from evomerge.spaces.parameter import ParameterSpace
+from evomerge.spaces.parameter_settings import ParameterSpaceSettings
 from evomerge.yaml_file import Document, validate
 
 
@@ -37,7 +38,7 @@ def read_space(document: Document) -> ParameterSpaceSettings:
     if not isinstance(document.data, dict):
         raise ConfigurationError(document.fault((), "expected a mapping of keys to values"))
     kind = document.data.get("type")
-    if kind not in SPACES:
+    if not isinstance(kind, str) or kind not in SPACES:
         reason = f"expected one of {', '.join(SPACES)}, got {kind!r}{nearest(str(kind), SPACES)}"
         raise ConfigurationError(document.fault(("type",), reason))
     return validate(SPACES[kind].settings, document)

@@ -10,125 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from evomerge.errors import ConfigurationError, Fault, nearest
-from evomerge.merge.methods import METHODS, BasePolicy, Method, Scope
-from evomerge.recipe import Recipe
+from evomerge.errors import ConfigurationError, nearest
+from evomerge.merge.methods import METHODS, BasePolicy, Method, Parameter, Scope
+from evomerge.recipe import Recipe, coerce
 from evomerge.records import Dimension, Genome
 from evomerge.spaces.base import SourceModels, short_names
-from evomerge.yaml_file import Document, StrictRecord
+from evomerge.spaces.parameter_settings import Group, ParameterSpaceSettings, Range
+from evomerge.yaml_file import Document, FieldPath
 
 
-class Range(StrictRecord):
-    """Where a searched number may lie.
-
-    Attributes:
-        low: Smallest value; a negative one allows negative weights.
-        high: Largest value.
-        start: Where the search starts; the middle by default.
-        scale: `log` searches ratios instead of differences.
-    """
-
-    low: float
-    high: float
-    start: float | None = None
-    scale: Literal["linear", "log"] = "linear"
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Range:
-        if self.low > self.high:
-            raise ValueError(f"expected low <= high, got low {self.low:g} and high {self.high:g}; swap them")
-        if self.scale == "log" and self.low <= 0:
-            raise ValueError(f"scale log needs low > 0, got {self.low:g}")
-        if self.start is not None and not self.low <= self.start <= self.high:
-            raise ValueError(f"expected start between {self.low:g} and {self.high:g}, got {self.start:g}")
-        return self
-
-    def dimension(self, name: str) -> Dimension:
-        """The searched number of this range."""
-        middle = (self.low * self.high) ** 0.5 if self.scale == "log" else (self.low + self.high) / 2
-        start = middle if self.start is None else self.start
-        return Dimension(name=name, low=self.low, high=self.high, start=start, log=self.scale == "log")
-
-
-class Group(StrictRecord):
-    """Tensors that share their numbers.
-
-    Attributes:
-        name: Name for tables and messages.
-        filters: A tensor whose name contains one of them belongs to the group, unless an earlier group has
-            it; a group without filters takes the rest and comes last.
-        depth: Whether the numbers vary over depth as the space says; false for embeddings and heads.
-    """
-
-    name: str
-    filters: list[str] = []
-    depth: bool = True
-
-
-class Depth(StrictRecord):
-    """How numbers vary over depth.
-
-    Attributes:
-        blocks: Number of blocks of consecutive layers, each with its own numbers.
-        smooth: Number of control points, spread evenly from the first layer to the last; layers between
-            them are interpolated linearly.
-    """
-
-    blocks: Annotated[int, Field(ge=1)] | None = None
-    smooth: Annotated[int, Field(ge=2)] | None = None
-
-    @model_validator(mode="after")
-    def _check_one(self) -> Depth:
-        if (self.blocks is None) == (self.smooth is None):
-            raise ValueError("expected exactly one of 'blocks' and 'smooth'")
-        return self
-
-
-class ParameterSpaceSettings(StrictRecord):
-    """A search space file of type `parameter`.
-
-    Attributes:
-        type: `parameter`.
-        merge_method: The method whose parameters are searched.
-        parameters: Searched parameter -> range.
-        sources: Model -> searched parameter -> range, where a model needs another range.
-        constants: Fixed parameters of the recipe, such as `normalize`.
-        groups: Tensor groups; one group of all tensors by default.
-        depth: Variation over depth; none by default.
-        seed: Seed of DARE's masks.
-    """
-
-    type: Literal["parameter"]
-    merge_method: str
-    parameters: Annotated[dict[str, Range], Field(min_length=1)]
-    sources: dict[str, dict[str, Range]] = {}
-    constants: dict[str, bool | float] = {}
-    groups: Annotated[list[Group], Field(min_length=1)] = [Group(name="all")]
-    depth: Depth | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _check_groups(self) -> ParameterSpaceSettings:
-        names = [group.name for group in self.groups]
-        if len(set(names)) < len(names):
-            raise ValueError(f"groups: names must differ, got {', '.join(names)}")
-        for group in self.groups[:-1]:
-            if not group.filters:
-                raise ValueError(
-                    f"groups: only the last group may go without filters, {group.name!r} has none"
-                )
-        if self.groups[-1].filters:
-            raise ValueError(
-                "groups: the last group must have no filters, so that every tensor belongs to a group"
-            )
-        return self
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Number:
     """Place of one searched number: a parameter of a model (None: of the recipe) in a group at a depth."""
 
@@ -170,20 +63,15 @@ class ParameterSpace:
             raise ValueError(f"expected {len(self._dimensions)} numbers, got {len(genome)}")
         recipe: dict[str, Any] = {"merge_method": self._method.name}
         blocks = self._settings.depth.blocks if self._settings.depth else None
+        shared: dict[str, Any] = {}
         if blocks is None:
-            recipe["models"] = [
-                {"model": model, "parameters": self._model_parameters(genome, model)}
-                for model in self._sources.models
-            ]
-            shared = self._parameters(genome, Scope.RECIPE, None, None)
+            recipe["models"] = [self._source(genome, model) for model in self._sources.models]
+            shared = self._parameters(genome, None)
         else:
             recipe["slices"] = [self._slice(genome, block, blocks) for block in range(blocks)]
-            shared = {}
         if self._method.base is BasePolicy.REQUIRED:
             recipe["base_model"] = self._sources.base
-        constants = {**self._settings.constants, **shared}
-        if constants:
-            recipe["parameters"] = constants
+        recipe |= _if_any({**self._settings.constants, **shared})
         recipe["dtype"] = "float32"
         recipe["out_dtype"] = self._sources.dtype
         recipe["evomerge"] = {"seed": self._settings.seed}
@@ -192,65 +80,64 @@ class ParameterSpace:
     def _slice(self, genome: Genome, block: int, blocks: int) -> dict[str, Any]:
         layers = self._sources.num_layers
         span = [block * layers // blocks, (block + 1) * layers // blocks]
-        sources: list[dict[str, Any]] = [
-            {"model": model, "layer_range": span, "parameters": self._model_parameters(genome, model, block)}
-            for model in self._sources.models
-        ]
+        sources = [self._source(genome, model, block) for model in self._sources.models]
         if self._method.base is BasePolicy.REQUIRED and self._sources.base not in self._sources.models:
-            sources.append({"model": self._sources.base, "layer_range": span})
-        result: dict[str, Any] = {"sources": sources}
-        shared = self._parameters(genome, Scope.RECIPE, None, block)
-        if shared:
-            result["parameters"] = shared
-        return result
-
-    def _model_parameters(self, genome: Genome, model: str, block: int | None = None) -> dict[str, Any]:
+            sources.append({"model": self._sources.base})
         return {
-            **self._parameters(genome, Scope.MODEL, model, block),
-            **self._parameters(genome, Scope.NON_BASE, model, block),
+            "sources": [{**source, "layer_range": span} for source in sources],
+            **_if_any(self._parameters(genome, None, block)),
         }
 
-    def _parameters(
-        self, genome: Genome, scope: Scope, model: str | None, block: int | None
-    ) -> dict[str, Any]:
-        """Searched parameters of one scope in a recipe's shape: group filters with values or gradients."""
+    def _source(self, genome: Genome, model: str, block: int | None = None) -> dict[str, Any]:
+        return {"model": model, **_if_any(self._parameters(genome, model, block))}
+
+    def _parameters(self, genome: Genome, model: str | None, block: int | None = None) -> dict[str, Any]:
+        """The searched parameters of a model, or of the recipe, in a recipe's shape.
+
+        Args:
+            genome: The searched numbers.
+            model: The model, or None for parameters of scope `recipe`.
+            block: Block of layers, or None for the whole depth.
+        """
         result: dict[str, Any] = {}
-        for parameter in self._method.parameters:
-            if parameter.name not in self._settings.parameters or parameter.scope is not scope:
+        for parameter in self._searched():
+            if model not in self._owners(parameter):
                 continue
-            conditionals: list[dict[str, Any]] = []
+            result[parameter.name] = conditionals = []
             for group in self._settings.groups:
                 positions = self._positions(group)
-                if block is not None:
-                    positions = [block if len(positions) > 1 else 0]
+                if block is not None and len(positions) > 1:
+                    positions = [block]
                 values = [
-                    genome[
-                        self._numbers[
-                            _Number(
-                                parameter=parameter.name, model=model, group=group.name, position=position
-                            )
-                        ]
-                    ]
+                    float(genome[self._numbers[_Number(parameter.name, model, group.name, position)]])
                     for position in positions
                 ]
                 value = values if len(values) > 1 else values[0]
                 conditionals += [{"value": value, "filter": text} for text in group.filters]
                 if not group.filters:
                     conditionals.append({"value": value})
-            result[parameter.name] = conditionals
         return result
 
     def _places(self) -> Iterator[_Number]:
-        for parameter in self._method.parameters:
-            if parameter.name not in self._settings.parameters:
-                continue
-            models: Sequence[str | None] = [None] if parameter.scope is Scope.RECIPE else self._sources.models
-            for model in models:
+        for parameter in self._searched():
+            for model in self._owners(parameter):
                 for group in self._settings.groups:
                     for position in self._positions(group):
-                        yield _Number(
-                            parameter=parameter.name, model=model, group=group.name, position=position
-                        )
+                        yield _Number(parameter.name, model, group.name, position)
+
+    def _searched(self) -> list[Parameter]:
+        """The searched parameters, in the method's order."""
+        return [item for item in self._method.parameters if item.name in self._settings.parameters]
+
+    def _owners(self, parameter: Parameter) -> list[str | None]:
+        """The models that have a value of their own; None stands for the recipe."""
+        if parameter.scope is Scope.RECIPE:
+            return [None]
+        return [
+            model
+            for model in self._sources.models
+            if parameter.scope is Scope.MODEL or model != self._sources.base
+        ]
 
     def _positions(self, group: Group) -> list[int]:
         depth = self._settings.depth
@@ -273,69 +160,84 @@ class ParameterSpace:
 
     def _check(self) -> Method:
         """Hold the settings against the method and the models; report every fault at once."""
-        settings, sources, fault = self._settings, self._sources, self._document.fault
-        method = METHODS.get(settings.merge_method)
+        name = self._settings.merge_method
+        method = METHODS.get(name)
         if method is None:
-            reason = f"unknown method {settings.merge_method!r}{nearest(settings.merge_method, METHODS)}"
+            reason = f"unknown method {name!r}{nearest(name, METHODS)}"
+            known = ", ".join(sorted(METHODS))
             raise ConfigurationError(
-                fault(("merge_method",), f"{reason}; known methods: {', '.join(sorted(METHODS))}")
+                self._document.fault(("merge_method",), f"{reason}; known methods: {known}")
             )
-        faults: list[Fault] = []
-        known = [parameter.name for parameter in method.parameters]
-        ranges: list[tuple[tuple[str, ...], str, Range]] = [
-            (("parameters", name), name, span) for name, span in settings.parameters.items()
+        found = (*self._range_faults(method), *self._constant_faults(method), *self._model_faults(method))
+        if found:
+            raise ConfigurationError([self._document.fault(place, reason) for place, reason in found])
+        return method
+
+    def _range_faults(self, method: Method) -> Iterator[tuple[FieldPath, str]]:
+        settings = self._settings
+        ranges: list[tuple[FieldPath, Range]] = [
+            (("parameters", name), span) for name, span in settings.parameters.items()
         ]
         for model, own in settings.sources.items():
-            if model not in sources.models:
-                reason = f"not one of the experiment's models{nearest(model, sources.models)}; "
-                faults.append(fault(("sources", model), reason + ", ".join(sources.models)))
-            ranges += [(("sources", model, name), name, span) for name, span in own.items()]
-        for place, name, span in ranges:
+            ranges += [(("sources", model, name), span) for name, span in own.items()]
+        known = [parameter.name for parameter in method.parameters if parameter.kind != "bool"]
+        for place, span in ranges:
+            name = str(place[-1])
             parameter = method.parameter(name)
             if parameter is None or parameter.kind == "bool":
-                reason = f"{method.name} has no number of this name{nearest(name, known)}; its parameters: "
-                faults.append(fault(place, reason + ", ".join(known)))
+                reason = f"{method.name} has no number of this name{nearest(name, known)}"
+                yield place, f"{reason}; it has {', '.join(known)}"
                 continue
-            if place[0] == "sources" and name not in settings.parameters:
-                faults.append(fault(place, "not searched; add it to 'parameters' as well"))
+            if place[0] == "sources" and parameter.scope is Scope.RECIPE:
+                yield place, f"{name} is one number for the whole recipe; set its range under 'parameters'"
+            elif place[0] == "sources" and name not in settings.parameters:
+                yield place, "not searched; add it to 'parameters' as well"
             for key in ("low", "high"):
                 try:
                     parameter.check(getattr(span, key))
                 except ValueError as error:
-                    faults.append(fault((*place, key), str(error)))
-        for name, value in settings.constants.items():
-            parameter = method.parameter(name)
-            place = ("constants", name)
-            if parameter is None:
-                reason = f"unknown parameter of {method.name}{nearest(name, known)}; its parameters: "
-                faults.append(fault(place, reason + ", ".join(known)))
-            elif name in settings.parameters:
-                faults.append(fault(place, "both searched and constant; keep one"))
-            elif (parameter.kind == "bool") != isinstance(value, bool):
-                expected = "true or false" if parameter.kind == "bool" else "a number"
-                faults.append(fault(place, f"expected {expected}, got {value!r}"))
+                    yield (*place, key), str(error)
         for parameter in method.parameters:
-            given = parameter.name in settings.parameters or parameter.name in settings.constants
-            if parameter.required and not given:
+            if parameter.required and parameter.name not in {**settings.parameters, **settings.constants}:
                 reason = f"{method.name} requires {parameter.name!r}; give it a range here or a constant"
-                faults.append(fault(("parameters",), reason))
-        num_models = len(sources.models) + (
-            method.base is BasePolicy.REQUIRED and sources.base not in sources.models
-        )
-        if method.base is BasePolicy.REQUIRED and sources.base is None:
-            faults.append(
-                fault(("merge_method",), f"{method.name} needs the experiment to name a base_model")
-            )
-        if num_models < method.min_models or num_models > (method.max_models or num_models):
+                yield ("parameters",), reason
+
+    def _constant_faults(self, method: Method) -> Iterator[tuple[FieldPath, str]]:
+        known = [parameter.name for parameter in method.parameters]
+        for name, value in self._settings.constants.items():
+            place = ("constants", name)
+            parameter = method.parameter(name)
+            if parameter is None:
+                reason = f"{method.name} has no such parameter{nearest(name, known)}"
+                yield place, f"{reason}; it has {', '.join(known)}"
+                continue
+            if name in self._settings.parameters:
+                yield place, "both searched and constant; keep one"
+            try:
+                parameter.check(coerce(value, parameter.kind))
+            except ValueError as error:
+                yield place, str(error)
+
+    def _model_faults(self, method: Method) -> Iterator[tuple[FieldPath, str]]:
+        settings, sources = self._settings, self._sources
+        for model in settings.sources:
+            if model not in sources.models:
+                reason = f"not one of the experiment's models{nearest(model, sources.models)}"
+                yield ("sources", model), f"{reason}; these are {', '.join(sources.models)}"
+        needs_base = method.base is BasePolicy.REQUIRED
+        if needs_base and sources.base is None:
+            yield ("merge_method",), f"{method.name} needs the experiment to name a base_model"
+        count = len(sources.models) + (needs_base and sources.base not in sources.models)
+        if count < method.min_models or count > (method.max_models or count):
             expected = f"{method.min_models} to {method.max_models or 'any number of'}"
-            reason = (
-                f"{method.name} takes {expected} models, the base counted; the experiment has {num_models}"
-            )
-            faults.append(fault(("merge_method",), reason))
+            reason = f"{method.name} takes {expected} models, the base counted; the experiment has {count}"
+            yield ("merge_method",), reason
         blocks = settings.depth.blocks if settings.depth else None
         if blocks is not None and blocks > sources.num_layers:
             reason = f"expected at most the models' {sources.num_layers} layers, got {blocks}"
-            faults.append(fault(("depth", "blocks"), reason))
-        if faults:
-            raise ConfigurationError(faults)
-        return method
+            yield ("depth", "blocks"), reason
+
+
+def _if_any(parameters: dict[str, Any]) -> dict[str, Any]:
+    """An entry `parameters` of a recipe, unless there are none."""
+    return {"parameters": parameters} if parameters else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merge.counter_hash import hash_range, keys, threshold
+from evomerge.merge.counter_hash import hash_elements, keys, threshold
 from evomerge.merge.methods.base import BasePolicy, MergeInputs, Method
 from evomerge.merge.methods.task_arithmetic import parameters, task_vectors
 
@@ -40,15 +40,14 @@ def trim(delta: Tensor, density: float, *, seed: int, tensor_name: str, source: 
     num_kept = max(1, int(density * count))
     magnitude = delta.abs().flatten()
     cut = torch.kthvalue(magnitude, count - num_kept + 1).values
-    above = magnitude > cut
+    kept = magnitude > cut
     at_cut = (magnitude == cut).nonzero().flatten()
-    missing = num_kept - int(above.sum())
-    if missing == at_cut.numel():
-        above[at_cut] = True
-    else:
-        hashes = hash_range(count, *keys(seed, tensor_name, source))[at_cut]
-        above[at_cut] = hashes < threshold(missing / at_cut.numel())
-    return delta.mul_(above.view_as(delta))
+    missing = num_kept - int(kept.sum())
+    if missing < at_cut.numel():
+        share = threshold(missing / at_cut.numel())
+        at_cut = at_cut[hash_elements(at_cut, *keys(seed, tensor_name, source)) < share]
+    kept[at_cut] = True
+    return delta.mul_(kept.view_as(delta))
 
 
 def elect_and_merge(inputs: MergeInputs, deltas: list[Tensor]) -> Tensor:

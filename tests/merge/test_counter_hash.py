@@ -1,0 +1,126 @@
+"""The counter hash: fixed for ever, uniform, and independent in every part of its key."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from evomerge.merge.counter_hash import hash_element, hash_elements, keep_mask, keys, threshold
+
+VECTORS = [
+    # seed, tensor name, source, element, hash
+    (0, "model.embed_tokens.weight", 0, 0, 4156202028),
+    (0, "model.embed_tokens.weight", 0, 1, 3320244574),
+    (0, "model.layers.0.mlp.up_proj.weight", 0, 12345, 465774010),
+    (0, "model.layers.0.mlp.up_proj.weight", 1, 12345, 607284913),
+    (1, "model.layers.0.mlp.up_proj.weight", 1, 12345, 3219838024),
+    (9223372036854775807, "lm_head.weight", 2, 4294967295, 771715808),
+    (7, "lm_head.weight", 2, 4294967296, 2272670512),
+    (7, "lm_head.weight", 2, 1099511627779, 1340232480),
+]
+COUNT = 1 << 18
+
+
+def hashes(seed: int = 0, name: str = "model.layers.0.mlp.up_proj.weight", source: int = 0) -> torch.Tensor:
+    return hash_elements(torch.arange(COUNT), *keys(seed, name, source))
+
+
+def mask(
+    probability: float, *, count: int = COUNT, seed: int = 0, name: str = "w", source: int = 0
+) -> torch.Tensor:
+    return keep_mask(count, probability, seed=seed, tensor_name=name, source=source)
+
+
+@pytest.mark.parametrize(("seed", "name", "source", "element", "expected"), VECTORS)
+def test_hashes_are_those_of_the_documentation(
+    seed: int, name: str, source: int, element: int, expected: int
+) -> None:
+    assert hash_element(element, *keys(seed, name, source)) == expected
+    assert hash_elements(torch.tensor([element]), *keys(seed, name, source)).item() == expected
+
+
+def test_the_documentation_lists_the_same_vectors() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "counter_hash.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert [(int(a), b, int(c), int(d), int(e)) for a, b, c, d, e in rows] == VECTORS
+
+
+def test_the_tensor_version_is_the_scalar_definition() -> None:
+    draw = random.Random(0)
+    elements = [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**40 + 7, 2**62]
+    elements += [draw.randrange(2**63) for _ in range(200)]
+    for seed in range(5):
+        k0, k1 = keys(seed, "w", seed)
+        before = torch.tensor(elements)
+        found = hash_elements(before, k0, k1)
+        assert found.tolist() == [hash_element(element, k0, k1) for element in elements]
+        assert before.tolist() == elements
+        assert int(found.min()) >= 0
+        assert int(found.max()) < 2**32
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.3, 0.5, 0.9])
+def test_the_share_kept_is_the_probability(probability: float) -> None:
+    for source in range(4):
+        kept = int(mask(probability, source=source).sum())
+        deviation = math.sqrt(COUNT * probability * (1 - probability))
+        assert abs(kept - COUNT * probability) < 4 * deviation
+
+
+def test_hashes_are_uniform() -> None:
+    counts = torch.bincount(hashes() >> 24, minlength=256).double()
+    expected = COUNT / 256
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)
+    low = torch.bincount(hashes() & 255, minlength=256).double()
+    assert abs(float(((low - expected) ** 2 / expected).sum()) - 255) < 5 * math.sqrt(2 * 255)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"source": 1}, {"seed": 1}, {"name": "model.layers.1.mlp.up_proj.weight"}],
+    ids=["source", "seed", "tensor"],
+)
+def test_masks_of_other_sources_seeds_and_tensors_are_independent(other: dict[str, int]) -> None:
+    """The joint table of the two hashes' high nibbles is that of independent uniform numbers."""
+    joint = (hashes() >> 28) * 16 + (hashes(**other) >> 28)  # type: ignore[arg-type]
+    counts = torch.bincount(joint, minlength=256).double()
+    expected = COUNT / 256
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)
+
+
+def test_neighbouring_elements_are_independent() -> None:
+    for step in (1, 2, 64, 1024):
+        a, b = hashes()[:-step] >> 28, hashes()[step:] >> 28
+        counts = torch.bincount(a * 16 + b, minlength=256).double()
+        expected = len(a) / 256
+        assert float(((counts - expected) ** 2 / expected).sum()) < 255 + 5 * math.sqrt(2 * 255)
+
+
+def test_masks_are_nested_in_the_probability() -> None:
+    masks = [mask(p) for p in (0.001, 0.1, 0.1000001, 0.5, 0.99, 1.0)]
+    for smaller, larger in itertools.pairwise(masks):
+        assert not (smaller & ~larger).any()
+    assert masks[-1].all()
+
+
+def test_nothing_is_kept_with_probability_0() -> None:
+    assert not mask(0.0).any()
+    assert (threshold(0.0), threshold(0.5), threshold(1.0)) == (0, 2**31, 2**32)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, (1 << 20) - 1, (1 << 20) + 3])
+def test_masks_do_not_depend_on_chunks(count: int) -> None:
+    whole = hash_elements(torch.arange(count), *keys(3, "w", 2)) < threshold(0.3)
+    assert torch.equal(mask(0.3, count=count, seed=3, source=2), whole)
+
+
+def test_texts_in_the_key_cannot_run_into_each_other() -> None:
+    assert len({keys(1, "1", 1), keys(11, "", 1), keys(1, "", 11), keys(1, "11", 1), keys(1, "1", 11)}) == 5
