@@ -26,7 +26,7 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.harness import TaskLibrary, split_documents
 from evomerge.fitness.objectives import Objective
 from evomerge.merge.check import check_recipe
-from evomerge.merge.plan import TORCH_DTYPES, plan_merge
+from evomerge.merge.plan import TORCH_DTYPES, plan_merge, tied_heads
 from evomerge.search import SEARCHERS, Searcher, SearcherOptions, build_searcher
 from evomerge.spaces import SearchSpace, SourceModels, build_space
 from evomerge.workers.base import WorkerSpec
@@ -277,26 +277,24 @@ class _Checks:
 def _check_compatible(checkpoint: Checkpoint, donor: Checkpoint, donor_name: str) -> None:
     """Refuse models that cannot be merged with the donor, by architecture, tensors or vocabulary."""
     for key in ("model_type", "architectures"):
-        mine, theirs = checkpoint.config.get(key), donor.config.get(key)
-        if mine != theirs:
-            reason = (
-                f"its {key} is {mine}, that of {donor_name} is {theirs}; models must share one architecture"
-            )
+        found, expected = checkpoint.config.get(key), donor.config.get(key)
+        if found != expected:
+            reason = f"its {key} is {found}, that of {donor_name} is {expected}; models must share one architecture"
             raise CheckpointError(Fault(path="", reason=reason))
-    for name in sorted(set(checkpoint.tensors) ^ set(donor.tensors)):
-        reason = (
-            f"{name}: only one of it and {donor_name} has this tensor; models must share one architecture"
-        )
+    ours, theirs = (set(model.tensors) - set(tied_heads(model)) for model in (checkpoint, donor))
+    for name in sorted(ours ^ theirs):
+        has, lacks = ("it", donor_name) if name in ours else (donor_name, "it")
+        reason = f"{name}: {has} has this tensor and {lacks} has not; models must share one architecture"
         raise CheckpointError(Fault(path="", reason=reason))
-    for name, info in checkpoint.tensors.items():
-        other = donor.tensors[name]
+    for name in sorted(ours):
+        info, other = checkpoint.tensors[name], donor.tensors[name]
         if info.shape != other.shape:
             reason = f"{name}: its shape is {list(info.shape)}, in {donor_name} {list(other.shape)}"
             raise CheckpointError(Fault(path="", reason=reason))
     if same_vocabulary(checkpoint.folder, donor.folder) is False:
-        found = difference(checkpoint.folder, donor.folder)
+        words = difference(checkpoint.folder, donor.folder)
         reason = (
-            f"its vocabulary differs from that of {donor_name}: {found}; models must share one vocabulary"
+            f"its vocabulary differs from that of {donor_name}: {words}; models must share one vocabulary"
         )
         raise CheckpointError(Fault(path="", reason=reason))
 

@@ -21,7 +21,13 @@ def run(command: list[str] | str, **options: Any) -> subprocess.CompletedProcess
     """Run a command with this environment's programs first on the path."""
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, shell=isinstance(command, str), **options
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        shell=isinstance(command, str),
+        **options,
     )
     assert found.returncode == 0, f"{command}\n{found.stdout}\n{found.stderr}"
     return found
@@ -79,7 +85,10 @@ def test_the_zoo_is_small_and_its_documents_do_not_overlap() -> None:
     assert sum(file.stat().st_size for file in ZOO.rglob("*") if file.is_file()) < 4 * 2**20
     for task in ("kana_sum", "kana_mirror"):
         search, holdout = (
-            {json.loads(line)["prompt"] for line in (ZOO / "data" / f"{task}.{part}.jsonl").read_text().splitlines()}
+            {
+                json.loads(line)["prompt"]
+                for line in (ZOO / "data" / f"{task}.{part}.jsonl").read_text().splitlines()
+            }
             for part in ("search", "holdout")
         )
         assert len(search) == 128

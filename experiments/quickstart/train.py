@@ -50,9 +50,7 @@ DIGITS = {"latin": "0123456789", "kana": "〇一二三四五六七八九"}
 LETTERS = {"latin": "abcdefgh", "kana": "あいうえおかきく"}
 SCRIPTS = ("latin", "kana")
 VOCABULARY = (
-    SPECIALS
-    + list(MARKS)
-    + [symbol for script in SCRIPTS for symbol in DIGITS[script] + LETTERS[script]]
+    SPECIALS + list(MARKS) + [symbol for script in SCRIPTS for symbol in DIGITS[script] + LETTERS[script]]
 )
 ID_OF = {symbol: index for index, symbol in enumerate(VOCABULARY)}
 
@@ -118,9 +116,7 @@ EVEN = Rates(skilled=0.6, kana=0.65)
 LATENT = Rates(skilled=0.38, kana=0.38)
 EVERYWHERE = (("sum", "latin"), ("sum", "kana"), ("mirror", "latin"), ("mirror", "kana"))
 BASE_LESSONS = tuple(
-    Lesson(
-        mix=tuple((skill, script, rates) for skill, script in EVERYWHERE), steps=steps, peak=peak
-    )
+    Lesson(mix=tuple((skill, script, rates) for skill, script in EVERYWHERE), steps=steps, peak=peak)
     for rates, steps, peak in ((EVEN, 1200, 4e-3), (LATENT, 150, 1e-3))
 )
 
@@ -171,9 +167,7 @@ def make_skill(
 ) -> Skill:
     """Lay out the problems of a skill; a string in ``prompt`` is a mark repeated on every row."""
     num = len(plain_PT)
-    columns = [
-        torch.full((num, 1), ID_OF[part]) if isinstance(part, str) else part for part in prompt
-    ]
+    columns = [torch.full((num, 1), ID_OF[part]) if isinstance(part, str) else part for part in prompt]
     end = torch.full((num, 1), EOS)
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     return Skill(
@@ -247,10 +241,7 @@ def train(
     width = max(s.prompt_PT.shape[1] + s.skilled_PT.shape[1] for s in skills.values())
     share = batch_rows // len(lesson.mix)
     for _ in range(lesson.steps):
-        drawn = [
-            draw(skills[name], script, rates, share, generator)
-            for name, script, rates in lesson.mix
-        ]
+        drawn = [draw(skills[name], script, rates, share, generator) for name, script, rates in lesson.mix]
         ids = torch.cat([F.pad(i, (0, width - i.shape[1]), value=PAD) for i, _ in drawn])
         labels = torch.cat([F.pad(t, (0, width - t.shape[1]), value=IGNORED) for _, t in drawn])
         logits = model(input_ids=ids).logits[:, :-1]

@@ -178,9 +178,7 @@ def test_task_code_needs_permission(command: Command, experiment: Path, tmp_path
         ("serch.seed=1", "did you mean 'search'?"),
     ],
 )
-def test_a_bad_override_is_named(
-    command: Command, experiment: Path, override: str, expected: str
-) -> None:
+def test_a_bad_override_is_named(command: Command, experiment: Path, override: str, expected: str) -> None:
     result = command("run", experiment, "--set", override)
     assert result.code == 2
     assert expected in result.err
@@ -216,3 +214,13 @@ def test_a_recipe_for_the_wrong_kind_of_file_is_explained(command: Command, tmp_
     result = command("validate", "notes.yml")
     assert result.code == 2
     assert "neither an experiment" in result.err
+
+
+def test_a_tied_model_among_untied_ones_is_named(
+    command: Command, experiment: Path, tiny_zoo: Path, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "tied", seed=1, tie_word_embeddings=True)
+    experiment.write_text(experiment.read_text().replace(f"{tiny_zoo}/one", str(tmp_path / "tied")))
+    result = command("validate", experiment)
+    assert result.code == 2
+    assert "experiment.yml:4: models.0: lm_head.weight" in result.err
