@@ -6,6 +6,8 @@ merged. Every evaluation is recorded in the journal, so that an interrupted end 
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,6 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import fitness
 from evomerge.loop import POLL_SECONDS, Run, checked
 from evomerge.merge.export import export_model
-from evomerge.merge.methods import METHODS, BasePolicy
 from evomerge.prepare import PreparedRun
 from evomerge.recipe import Recipe
 from evomerge.records import Final, Outcome, Status, Trial
@@ -62,9 +63,7 @@ def finish(run: Run, prepared: PreparedRun, best: Trial) -> None:
         )
         return
     run.observer.phase("choosing the scale of the task-arithmetic baseline on the search documents")
-    scales = [
-        _Entry(name=f"{SINGLE_SCALE} {scale:g}", recipe=recipe) for scale, recipe in _single_scale(prepared)
-    ]
+    scales = [_Entry(name=name, recipe=recipe) for name, recipe in single_scale(prepared).items()]
     scored = _score(run, scales, prepared.search_documents, "search")
     entries = [
         _Entry(name=name, checkpoint=prepared.checkpoints[model].folder)
@@ -78,15 +77,16 @@ def finish(run: Run, prepared: PreparedRun, best: Trial) -> None:
     run.observer.phase("scoring the winner's checkpoint, the sources and the baselines on the holdout")
     with _winner_checkpoint(run, prepared, winner) as folder:
         entries.insert(0, _Entry(name=WINNER, checkpoint=folder, recorded_recipe=winner))
-        finals = _score(run, entries, prepared.holdout_documents, "holdout")
-    if finals[0].status is not Status.OK:
-        raise EvomergeError(f"the winner's checkpoint cannot be scored: {finals[0].reason}")
+        _score(run, entries, prepared.holdout_documents, "holdout")
 
 
 def model_labels(prepared: PreparedRun) -> dict[str, str]:
-    """Model -> its name in the table: the base and the sources."""
+    """Model -> its name in the table: the sources and the base."""
     models = list(dict.fromkeys([*prepared.sources, *([prepared.base] if prepared.base else [])]))
-    return short_names(models)
+    return {
+        model: f"model {name}" if name in (WINNER, UNIFORM) or name.startswith(SINGLE_SCALE) else name
+        for model, name in short_names(models).items()
+    }
 
 
 def uniform_average(prepared: PreparedRun) -> Recipe:
@@ -100,25 +100,22 @@ def uniform_average(prepared: PreparedRun) -> Recipe:
     )
 
 
-def _single_scale(prepared: PreparedRun) -> Iterator[tuple[float, Recipe]]:
-    """Task arithmetic with one scale for all sources, for every scale to be tried."""
+def single_scale(prepared: PreparedRun) -> dict[str, Recipe]:
+    """Task arithmetic with one scale for all sources, for every scale to be tried, by name."""
     others = [model for model in prepared.sources if model != prepared.base]
     if prepared.base is None or not others:
-        return
-    assert METHODS["task_arithmetic"].base is BasePolicy.REQUIRED
-    for scale in prepared.experiment.finish.baseline_scales:
-        models = [{"model": model, "parameters": {"weight": scale}} for model in others]
-        yield (
-            scale,
-            Recipe.from_dict(
-                {
-                    "merge_method": "task_arithmetic",
-                    "models": models,
-                    "base_model": prepared.base,
-                    **_dtypes(prepared),
-                }
-            ),
+        return {}
+    return {
+        f"{SINGLE_SCALE} {scale:g}": Recipe.from_dict(
+            {
+                "merge_method": "task_arithmetic",
+                "models": [{"model": model, "parameters": {"weight": scale}} for model in others],
+                "base_model": prepared.base,
+                **_dtypes(prepared),
+            }
         )
+        for scale in prepared.experiment.finish.baseline_scales
+    }
 
 
 def _dtypes(prepared: PreparedRun) -> dict[str, str]:
@@ -133,13 +130,11 @@ def _winner_checkpoint(run: Run, prepared: PreparedRun, winner: Recipe) -> Itera
     """The winner's checkpoint: kept in `best/model` when asked for, else for the time of its scoring."""
     keep = prepared.experiment.finish.export_model
     folder = run.run_dir.best_model if keep else run.run_dir.path / "best" / "model-for-holdout"
-    if any(final.name == WINNER for final in run.journal.finals) and not (keep and not folder.exists()):
-        yield folder
-        return
-    if not folder.exists():
-        run.observer.phase("writing the winner's checkpoint")
-        export_model(winner, prepared.checkpoints, folder)
+    is_scored = any(final.name == WINNER for final in run.journal.finals)
     try:
+        if not folder.exists() and (keep or not is_scored):
+            run.observer.phase("writing the winner's checkpoint")
+            export_model(winner, prepared.checkpoints, folder)
         yield folder
     finally:
         if not keep:
@@ -152,13 +147,19 @@ def _score(
     documents: tuple[DocumentSet, ...],
     stage: Literal["search", "holdout"],
 ) -> list[Final]:
-    """Score entries that are not recorded yet; return all of them in the given order."""
+    """Score entries that are not recorded yet; return all of them in the given order.
+
+    Raises:
+        RunStoppedError: A stop was asked for.
+        EvomergeError: The winner cannot be scored. This is not recorded, so that resuming tries again.
+    """
     recorded = {final.name: final for final in run.journal.finals if final.stage == stage}
     waiting = {i: entry for i, entry in enumerate(entries) if entry.name not in recorded}
     for index, entry in waiting.items():
         run.pool.submit(
             Job(number=index, documents=documents, recipe=entry.recipe, checkpoint=entry.checkpoint)
         )
+    failure: str | None = None
     while waiting:
         run.stop.check(run.run_dir)
         finished = run.pool.next(POLL_SECONDS)
@@ -167,15 +168,25 @@ def _score(
         if finished is None:
             continue
         index, outcome = finished
-        final = _final(run, waiting.pop(index), checked(outcome), stage)
+        entry, outcome = waiting.pop(index), checked(outcome)
+        if entry.name == WINNER and outcome.status is not Status.OK:
+            failure = outcome.reason
+            continue
+        recorded[entry.name] = final = _final(run, entry, outcome, stage)
         run.journal.append(final)
-        recorded[final.name] = final
+    if failure is not None:
+        raise EvomergeError(
+            f"the winner's checkpoint cannot be scored: {failure}; everything else is recorded, "
+            f"`evomerge resume {run.run_dir.path}` tries it again"
+        )
     return [recorded[entry.name] for entry in entries]
 
 
 def _final(run: Run, entry: _Entry, outcome: Outcome, stage: Literal["search", "holdout"]) -> Final:
     recipe = entry.recipe or entry.recorded_recipe
-    file = f"{entry.name.replace('/', '_').replace(' ', '-')}-{stage}"
+    # A hash, because names that differ may look the same as file names.
+    digest = hashlib.blake2b(entry.name.encode(), digest_size=4).hexdigest()
+    file = f"{re.sub('[^A-Za-z0-9.]+', '-', entry.name)[-40:]}-{digest}-{stage}"
     is_ok = outcome.status is Status.OK
     return Final(
         name=entry.name,

@@ -6,26 +6,19 @@ Line 1 is the header; every further line is a trial of the search or a final eva
     {"kind":"trial","trial":7,"candidate":...,"genome":[...],"asked_after":6,"status":"ok",...,"crc":...}
     {"kind":"final","name":"winner","stage":"holdout","candidate":...,"recipe":{...},...,"crc":...}
 
-`crc` is the CRC-32 of the line's other fields as JSON in UTF-8, keys sorted, no spaces. A record is on the
-disk (fsync) before `append` returns, so what a searcher was told survives a kill at any moment. A last line
-cut off by a crash is moved aside when the journal is opened; damage anywhere else is refused. Replaying
-the trials into a searcher is the loop's work, keeping a second controller away is `evomerge.lock`'s.
+A record is on the disk (fsync) before `append` returns, so what a searcher was told survives a kill at any
+moment. A last line cut off by a crash is moved aside when the journal is opened; damage anywhere else is
+refused. The lines themselves are `evomerge.journal_lines`' work, replaying the trials into a searcher is the
+loop's, keeping a second controller away is `evomerge.lock`'s.
 """
 
 from __future__ import annotations
 
-import codecs
-import dataclasses
 import errno
-import json
 import os
-import zlib
-from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from evomerge.errors import (
     ConfigurationError,
@@ -35,10 +28,8 @@ from evomerge.errors import (
     RefusedError,
     RunExistsError,
 )
-from evomerge.records import Final, Header, Status, Trial
-
-FORMAT = 1
-"""Version of the file format; another one is refused, never guessed at."""
+from evomerge.journal_lines import Record, decode_line, encode_line, record_name
+from evomerge.records import Final, Header, Trial
 
 
 class Journal:
@@ -72,7 +63,7 @@ class Journal:
             RunExistsError: The file exists and is not empty.
             EvomergeError: The file cannot be written.
         """
-        journal, line = cls(Path(path), header), _encode(header)
+        journal, line = cls(Path(path), header), encode_line(header)
         if os.fstat(journal._open_to_append(os.O_CREAT)).st_size:
             journal.close()
             raise RunExistsError(
@@ -106,7 +97,7 @@ class Journal:
             os.fsync(fd)
         except OSError as error:
             journal.close()
-            raise _unusable(journal.path, error) from error
+            raise file_error(journal.path, error) from error
         return journal
 
     @classmethod
@@ -131,9 +122,9 @@ class Journal:
         """
         if self._fd is None:
             raise ValueError(f"{self.path} is read-only or closed; use Journal.open to continue it")
-        line = _encode(record)
+        line = encode_line(record)
         # Kept as it will be read back, so that a resumed run sees exactly what this one saw.
-        kept = _decode(line[:-1])
+        kept = decode_line(line[:-1])
         self._check_new(kept)
         self._write(line, kept)
 
@@ -149,12 +140,12 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_new(self, record: Header | Trial | Final) -> None:
-        if _name(record) in self._names:
-            raise ValueError(f"{_name(record)} is recorded already")
+    def _check_new(self, record: Record) -> None:
+        if record_name(record) in self._names:
+            raise ValueError(f"{record_name(record)} is recorded already")
 
-    def _keep(self, record: Header | Trial | Final) -> None:
-        self._names.add(_name(record))
+    def _keep(self, record: Record) -> None:
+        self._names.add(record_name(record))
         if isinstance(record, Trial):
             self.trials.append(record)
             self.trials_by_number[record.number] = record
@@ -165,10 +156,10 @@ class Journal:
         try:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | flags, 0o644)
         except OSError as error:
-            raise _unusable(self.path, error) from error
+            raise file_error(self.path, error) from error
         return self._fd
 
-    def _write(self, line: bytes, record: Header | Trial | Final) -> None:
+    def _write(self, line: bytes, record: Record) -> None:
         assert self._fd is not None
         try:
             rest = memoryview(line)
@@ -184,89 +175,10 @@ class Journal:
                 os.ftruncate(self._fd, self._length)
                 os.fsync(self._fd)
             self.close()
-            raise _unusable(self.path, error) from error
+            raise file_error(self.path, error) from error
         except BaseException:  # interrupted between file and memory: only reading again tells the truth
             self.close()
             raise
-
-
-def _name(record: Header | Trial | Final) -> str:
-    if isinstance(record, Final):
-        return f"the final evaluation {record.name!r} on {record.stage}"
-    return "the header" if isinstance(record, Header) else f"trial {record.number}"
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Integral):  # numpy's integers and float32 are no int and no float
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    raise TypeError(f"expected numbers, text and mappings of them, found {type(value).__name__}")
-
-
-_dumps = partial(json.dumps, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain)
-
-
-def _line(fields: Mapping[str, Any]) -> bytes:
-    """Serialise fields that came out of JSON, with their checksum at the end."""
-    crc = zlib.crc32(_dumps(fields, sort_keys=True).encode())
-    return _dumps({**fields, "crc": f"{crc:08x}"}).encode() + b"\n"
-
-
-def _encode(record: Header | Trial | Final) -> bytes:
-    fields = {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}
-    match record:
-        case Header():
-            fields = {"kind": "header", "format": FORMAT, **fields}
-        case Trial():
-            fields = {"kind": "trial", "trial": fields.pop("number"), **fields}
-        case Final():
-            fields = {"kind": "final", **fields}
-    try:
-        # A reason may quote undecodable bytes as lone surrogates, which UTF-8 cannot hold: they become `?`.
-        return _line(json.loads(_dumps(fields).encode("utf-8", "replace")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{_name(record)} cannot be recorded: {error}") from error
-
-
-def _decode(line: bytes) -> Header | Trial | Final:
-    """Read one line without its end; a ValueError says what is wrong with it."""
-    if line.startswith(codecs.BOM_UTF8):
-        raise ValueError(r"it starts with a byte order mark (remove it: `sed -i '1s/^\xef\xbb\xbf//'`)")
-    if line.endswith(b"\r"):
-        raise ValueError(r"line ends were changed to CRLF (change them back: `sed -i 's/\r$//'`)")
-    try:
-        fields = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is not JSON in UTF-8 ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError("it is not a JSON object")
-    # Looked at before the checksum, which another format may make in another way.
-    if (found := fields.get("format", FORMAT)) != FORMAT:
-        raise RefusedError(
-            f"the journal has format {found!r}, this evomerge reads format {FORMAT}; use a version of "
-            "evomerge that reads it (the first line of the journal names the one that wrote it)"
-        )
-    crc = fields.pop("crc", None)
-    # Comparing whole lines also finds changes that mean the same, such as `1e-05` turned into `1E-05`.
-    if (expected := _line(fields)) != line + b"\n":
-        raise ValueError(f"it does not match its checksum ({crc}, expected {expected[-11:-3].decode()})")
-    try:
-        match fields.pop("kind"):
-            case "header":
-                del fields["format"]
-                return Header(**fields)
-            case "trial":
-                genome, status = tuple(map(float, fields.pop("genome"))), Status(fields.pop("status"))
-                return Trial(number=fields.pop("trial"), genome=genome, status=status, **fields)
-            case "final":
-                return Final(status=Status(fields.pop("status")), **fields)
-            case kind:
-                raise ValueError(f"its kind is {kind!r}, expected header, trial or final")
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"a field is missing, unknown or of another type ({error})") from error
 
 
 def _read(path: Path) -> tuple[Journal, bytes]:
@@ -277,7 +189,7 @@ def _read(path: Path) -> tuple[Journal, bytes]:
         reason = "no such journal, so this folder holds no run; start one with `evomerge run`"
         raise ConfigurationError(Fault(file=str(path), path="", reason=reason)) from error
     except OSError as error:
-        raise _unusable(path, error) from error
+        raise file_error(path, error) from error
     *lines, rest = data.split(b"\n")
     # Only the line being written can be cut off, as each is on the disk before the next. Either it lacks its
     # end, or it holds NUL bytes where the file grew before its content arrived; JSON has no raw NUL.
@@ -291,13 +203,13 @@ def _read(path: Path) -> tuple[Journal, bytes]:
     journal: Journal | None = None
     for number, line in enumerate(lines, 1):
         try:
-            record = _decode(line)
+            record = decode_line(line)
             if journal is not None:
                 journal._check_new(record)
             elif isinstance(record, Header):
                 journal = Journal(path, record)
             else:
-                raise ValueError(f"the header was expected, found {_name(record)}")
+                raise ValueError(f"the header was expected, found {record_name(record)}")
             journal._keep(record)
         except ValueError as error:
             raise JournalDamagedError(
@@ -337,10 +249,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _unusable(path: Path, error: OSError) -> EvomergeError:
+def file_error(path: Path, error: OSError) -> EvomergeError:
+    """Say what an error of the system means for a run, of which `path` is one file."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return EvomergeError(
             f"{path}: the disk is full ({error.strerror}); nothing that was recorded is lost: free some "
             f"space, then continue with `evomerge resume {path.parent}`"
         )
-    return EvomergeError(f"{path}: cannot read or write the file: {error.strerror}")
+    return EvomergeError(
+        f"{error.filename or path}: cannot read or write the file: {error.strerror or error}"
+    )

@@ -15,11 +15,13 @@ differently than recorded stops the run.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
+from evomerge.checkpoints.durable import write_atomic
 from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStoppedError
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import Objective, fitness
@@ -29,10 +31,8 @@ from evomerge.records import Genome, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
 from evomerge.search import Searcher
 from evomerge.spaces import SearchSpace
+from evomerge.versions import library_versions
 from evomerge.workers.base import Job, WorkerPool
-
-LIBRARIES = ("evomerge-recipes", "cma", "lm-eval", "numpy", "ray", "safetensors", "torch", "transformers")
-"""Whose versions a journal records, because a change of theirs can change what a search proposes or scores."""
 
 POLL_SECONDS = 0.5
 """How often a waiting loop looks whether it was asked to stop."""
@@ -116,7 +116,6 @@ class Run:
         self._searcher = searcher
         self._documents = tuple(documents)
         self._evaluations = evaluations
-        self._started = time.time()
 
     @property
     def best(self) -> Trial | None:
@@ -137,7 +136,9 @@ class Run:
             proposed = self._searcher.ask()
             genomes = proposed[: self._evaluations - number]
             trials = self._evaluate(genomes, first=number, generation=generation)
-            if all(trial.fitness is None for trial in trials):
+            is_complete = len(genomes) == len(proposed)
+            # What the budget leaves of the last generation is too little to judge a search by that has a best.
+            if all(trial.fitness is None for trial in trials) and (is_complete or self.best is None):
                 reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials))
                 raise NoValidCandidateError(
                     f"none of the {len(trials)} candidates of generation {generation} is valid, so the search "
@@ -145,7 +146,7 @@ class Run:
                 )
             number += len(genomes)
             generation += 1
-            if len(genomes) == len(proposed):
+            if is_complete:
                 self._searcher.tell([trial.fitness for trial in trials])
         best = self.best
         assert best is not None
@@ -211,7 +212,7 @@ class Run:
             for name, then in self.journal.header.versions.items()
             if now.get(name) != then
         ]
-        cause = f"these changed since: {', '.join(changed)}" if changed else "no recorded library has changed"
+        cause = f"these changed since: {', '.join(changed)}" if changed else "no recorded version has changed"
         raise ReplayMismatchError(
             f"{self.run_dir.path}: replaying the search, trial {trial.number} comes out as another genome than "
             f"the journal recorded; {cause}. Install the recorded versions to continue this run, or start a "
@@ -262,28 +263,13 @@ def checked(outcome: Outcome) -> Outcome:
         return outcome
     for task, metrics in outcome.metrics.items():
         for metric, value in metrics.items():
-            if value != value or value in (float("inf"), float("-inf")):
+            if not math.isfinite(value):
                 reason = f"{task} {metric} is {value}"
-                return Outcome(
-                    status=Status.INVALID, reason=reason, seconds=outcome.seconds, attempts=outcome.attempts
-                )
+                return replace(outcome, status=Status.INVALID, reason=reason, metrics={}, samples={})
     return outcome
 
 
 def write_recipe(run_dir: RunDir, recipe: Recipe, trial: Trial) -> None:
     """Write the best recipe so far, with its trial and fitness as a comment."""
-    from evomerge.checkpoints.writer import write_atomic
-
     comment = f"# trial {trial.number}, fitness {trial.fitness:.6g} on the search documents\n"
     write_atomic(run_dir.best_recipe, comment + recipe.to_yaml())
-
-
-def library_versions() -> Mapping[str, str]:
-    """Installed versions of the libraries that matter for replay."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

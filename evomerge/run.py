@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import InputsChangedError, RunExistsError
+from evomerge.errors import InputsChangedError, RunExistsError, RunStoppedError
 from evomerge.finish import finish
-from evomerge.fitness.harness import stock_command
-from evomerge.journal import Journal
+from evomerge.fitness.stock import stock_command
+from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
-from evomerge.loop import Observer, Run, StopFlag, library_versions
+from evomerge.loop import Observer, Run, StopFlag
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.recipe import Recipe
 from evomerge.records import Header, Trial
 from evomerge.report.holdout import HoldoutTable, holdout_table
 from evomerge.run_dir import RunDir
-from evomerge.workers import WorkerPool, build_pool, worker_memory
+from evomerge.versions import library_versions
+from evomerge.workers import DeferredPool, WorkerPool, build_pool, worker_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +85,14 @@ def start_run(
         versions=library_versions(),
         seed=prepared.experiment.search.seed,
     )
-    # The journal comes after the workers, so that a run that cannot start leaves nothing to be resumed.
-    with _started_pool(prepared, observer) as pool:
-        folder.create()
-        with RunLock(folder.path):
+    # The folder comes after the workers, so that a run that cannot start leaves nothing behind. In it the
+    # journal comes first: whatever stops the process before leaves a folder that still counts as empty.
+    with closing(_start_pool(prepared, observer)) as pool:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with RunLock(folder.path), Journal.create(folder.journal, header) as journal:
+            folder.create()
             folder.write_experiment(settings, prepared.inputs)
-            with Journal.create(folder.journal, header) as journal:
-                return _carry_out(prepared, folder, journal, pool, observer, stop)
+            return _carry_out(prepared, folder, journal, pool, observer, stop)
 
 
 def resume_run(
@@ -115,17 +118,22 @@ def resume_run(
             folder.write_experiment(journal.header.settings, journal.header.inputs)
         prepared = prepare(folder.experiment, allow_task_code=allow_task_code)
         _refuse_changes(folder, journal.header, prepared)
-        with _started_pool(prepared, observer) as pool:
+        # A finished run needs no workers, and a replay that fails should not have to wait for them.
+        with closing(DeferredPool(lambda: _start_pool(prepared, observer))) as pool:
             return _carry_out(prepared, folder, journal, pool, observer, stop)
 
 
 def _refuse_existing(run_dir: Path) -> None:
-    if RunDir(run_dir).journal.exists():
+    journal = RunDir(run_dir).journal
+    if journal.exists() and journal.stat().st_size:
         raise RunExistsError(
             f"{run_dir}: this folder already holds a run; continue it with `evomerge resume {run_dir}`, or "
             "choose another folder with --run-dir"
         )
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    is_empty = not run_dir.exists() or (
+        run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {"lock", journal.name}
+    )
+    if not is_empty:
         raise RunExistsError(f"{run_dir}: exists and is not an empty folder; choose another with --run-dir")
 
 
@@ -153,23 +161,18 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {before} -> {now}"
 
 
-@contextlib.contextmanager
-def _started_pool(prepared: PreparedRun, observer: Observer) -> Iterator[WorkerPool]:
+def _start_pool(prepared: PreparedRun, observer: Observer) -> WorkerPool:
     observer.phase("starting workers")
     donor = prepared.checkpoints[prepared.spec.donor]
-    pool = build_pool(
+    sizes = [math.prod(info.shape) for info in donor.tensors.values()]
+    itemsize = {"auto": donor.nbytes / max(1, sum(sizes)), "float32": 4}.get(
+        prepared.experiment.evaluation.dtype, 2
+    )
+    return build_pool(
         prepared.spec,
         prepared.experiment.workers,
-        worker_bytes=worker_memory(
-            [math.prod(info.shape) for info in donor.tensors.values()],
-            itemsize=2 if prepared.experiment.evaluation.dtype != "float32" else 4,
-            num_models=len(prepared.checkpoints),
-        ),
+        worker_bytes=worker_memory(sizes, itemsize=itemsize, num_models=len(prepared.checkpoints)),
     )
-    try:
-        yield pool
-    finally:
-        pool.close()
 
 
 def _carry_out(
@@ -197,7 +200,9 @@ def _carry_out(
     )
     state = "failed"
     try:
-        observer.phase(f"searching on {pool.size} worker{'s' if pool.size > 1 else ''}")
+        observer.phase(
+            f"searching on {pool.size} worker{'s' if pool.size > 1 else ''}" if pool.size else "replaying"
+        )
         best = run.search()
         finish(run, prepared, best)
         table = holdout_table(folder, journal.finals, prepared.objectives)
@@ -206,13 +211,15 @@ def _carry_out(
     except KeyboardInterrupt:
         state = "interrupted"
         raise
-    except Exception as error:
-        state = "stopped" if getattr(error, "exit_code", 1) == 75 else "failed"
-        folder.log(f"{state}: {error}")
+    except RunStoppedError:
+        state = "stopped"
         raise
+    except OSError as error:
+        raise file_error(folder.journal, error) from error
     finally:
         if state != "finished":
-            with contextlib.suppress(OSError):  # a full disk must not hide the error that is on its way
+            with suppress(OSError):  # a full disk must not hide the error that is on its way
+                folder.log(f"{state}: {sys.exception()}")
                 run.write_status(state)
     return RunResult(
         run_dir=folder.path,
@@ -229,7 +236,7 @@ def stock_commands(prepared: PreparedRun, folder: RunDir) -> Iterator[str]:
         yield stock_command(
             documents,
             folder.best_model.resolve(),
-            prepared.library,
+            prepared.library.folders[documents.task],
             prepared.experiment.evaluation,
             dtype=prepared.experiment.evaluation.dtype,
             device=prepared.spec.device,

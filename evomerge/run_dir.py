@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.checkpoints.writer import write_atomic
+from evomerge.checkpoints.durable import write_atomic
 from evomerge.records import SampleScores
 from evomerge.yaml_file import dump_yaml
 

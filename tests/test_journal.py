@@ -112,6 +112,7 @@ recipes = st.recursive(
     header=st.builds(
         Header,
         experiment=texts,
+        settings=st.dictionaries(texts, recipes, max_size=3),
         inputs=st.dictionaries(texts, texts, max_size=3),
         versions=st.dictionaries(texts, texts, max_size=3),
         seed=st.integers(),
@@ -167,7 +168,8 @@ def test_every_finite_float_and_every_name_round_trips_exactly(
 def test_a_line_carries_the_documented_fields_and_checksum(path: Path) -> None:
     written(path, 1)
     header, line = (json.loads(text) for text in path.read_bytes().splitlines())
-    assert list(header) == ["kind", "format", "experiment", "inputs", "versions", "seed", "crc"]
+    fields = ["kind", "format", "experiment", "settings", "inputs", "versions", "seed", "crc"]
+    assert list(header) == fields
     assert (header["kind"], header["format"], header["seed"]) == ("header", 1, 7)
     assert list(line)[:5] == ["kind", "trial", "candidate", "genome", "asked_after"]
     crc = line.pop("crc")

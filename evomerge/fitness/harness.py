@@ -11,30 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
+import math
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from evomerge.errors import Fault, TaskError, nearest
 from evomerge.experiment import EvaluationSettings, ObjectiveSettings
-from evomerge.fitness.base import DocumentSet, NonFiniteLogitsError, Scores
+from evomerge.fitness.base import DocumentSet, Scores
 from evomerge.fitness.objectives import Objective
+from evomerge.fitness.stock import batch_size
+from evomerge.fitness.task_code import refuse_code
+from evomerge.fitness.watch import Watch
 from evomerge.records import SampleScores
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-AUTO_BATCH_SIZE = 32
-"""Batch size behind `auto`. It is a constant, not a probe: scores in bfloat16 move with the batching, and a
-probe may come out differently on another worker or day."""
 
 FEWSHOT_SEED = 1234
 """lm-eval's default, so that the stock command draws the same examples."""
@@ -56,6 +54,8 @@ class TaskLibrary:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tasks: dict[str, Any] = {}
         self.folders: dict[str, Path] = {}
+        if not allow_code:
+            _sandbox_templates()
         for folder in include_path:
             if not folder.is_dir():
                 reason = f"no such folder: {folder}"
@@ -93,7 +93,7 @@ class TaskLibrary:
             raise TaskError(Fault(path=name, reason=f"a group of tasks ({members}); name single tasks"))
         file = Path(entry.yaml_path)
         if not allow_code:
-            _refuse_code(name, file)
+            refuse_code(name, file, trusted=_package_folder(), metrics=_known_metrics())
         try:
             # Relative data files are meant relative to the task's file; datasets resolves them against cwd.
             with contextlib.chdir(file.parent), _quiet():
@@ -112,7 +112,8 @@ class TaskLibrary:
         task = self.tasks[name]
         digest = hashlib.sha256()
         digest.update(json.dumps(_stable(task.dump_config()), sort_keys=True, default=str).encode())
-        for document in task.eval_docs:
+        examples = task.fewshot_docs() if self._has_examples(task) else ()
+        for document in itertools.chain(task.eval_docs, ["examples"], examples):
             digest.update(json.dumps(document, sort_keys=True, default=str, ensure_ascii=False).encode())
         return digest.hexdigest()[:16]
 
@@ -134,6 +135,13 @@ class TaskLibrary:
             reason = f"the task {settings.task} has no filter {settings.filter!r}"
             reason += f"{nearest(settings.filter, filters)}; it has {', '.join(filters)}"
             raise TaskError(Fault(path=f"{where}.filter", reason=reason))
+        if not _is_mean(task.aggregation()[settings.metric]):
+            means = [name for name, function in task.aggregation().items() if _is_mean(function)]
+            reason = (
+                f"{settings.metric} is not the mean of a number per document, which comparing models needs; "
+            )
+            reason += f"{settings.task} has {', '.join(means) or 'no metric that is'}"
+            raise TaskError(Fault(path=f"{where}.metric", reason=reason))
         direction = settings.direction
         if direction is None:
             direction = "maximize" if task.higher_is_better()[settings.metric] else "minimize"
@@ -145,34 +153,41 @@ class TaskLibrary:
             maximize=direction == "maximize",
         )
 
+    def _has_examples(self, task: Any) -> bool:
+        """Whether prompts may hold examples; 0 in a task file is final, and no number leaves it open."""
+        return bool(task.get_config("num_fewshot") != 0)
+
     def metrics(self, name: str) -> list[tuple[str, str]]:
         """Every (metric, filter) of a task."""
         task = self.tasks[name]
         return [(metric, str(pipeline.name)) for pipeline in task._filters for metric in task.aggregation()]
 
 
-def _refuse_code(name: str, file: Path) -> None:
-    """Refuse a task file that runs Python code, unless it is one of lm-eval's own."""
+def _package_folder() -> Path:
     import lm_eval
 
-    if file.resolve().is_relative_to(Path(lm_eval.__file__).resolve().parent):
-        return
-    pending, seen = [file], set()
-    while pending:
-        current = pending.pop().resolve()
-        if current in seen or not current.is_file():
-            continue
-        seen.add(current)
-        text = re.sub(r"(^|\s)#.*", "", current.read_text(encoding="utf-8"))
-        if re.search(r"!function|^class:|^unsafe_code:\s*true", text, re.MULTILINE):
-            reason = f"{current} runs Python code; read it, and pass --allow-task-code if you trust it"
-            raise TaskError(Fault(path=name, reason=reason))
-        include = re.search(r"^include:\s*(.+)$", text, re.MULTILINE)
-        if include:
-            listed = yaml.safe_load(include[1])
-            pending += [
-                current.parent / str(item) for item in (listed if isinstance(listed, list) else [listed])
-            ]
+    return Path(lm_eval.__file__).parent
+
+
+def _known_metrics() -> set[str]:
+    import lm_eval.api.metrics  # noqa: F401 - fills the registry
+    from lm_eval.api import registry
+
+    return set(registry.metric_registry)
+
+
+def _sandbox_templates() -> None:
+    """Let lm-eval render templates in Jinja's sandbox: the same text, without all of Python in reach."""
+    import lm_eval.utils
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    if not isinstance(lm_eval.utils.env, SandboxedEnvironment):
+        sandbox = SandboxedEnvironment(
+            loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True
+        )
+        sandbox.filters.update(lm_eval.utils.env.filters)
+        lm_eval.utils.env = sandbox
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +221,7 @@ class HarnessEvaluator:
         self._metrics = metrics
         self._settings = settings
         self._prepared: dict[DocumentSet, _Prepared] = {}
-        self._watch = _Watch()
+        self._watch = Watch()
         self._lm = _wrap(model, tokenizer, settings, self._watch)
 
     def evaluate(self, documents: Sequence[DocumentSet]) -> Scores:
@@ -278,6 +293,8 @@ class HarnessEvaluator:
             groups: dict[int, list[Any]] = {}
             for instance in task.instances:
                 groups.setdefault(instance.doc_id, []).append(instance)
+            # lm-eval takes chosen documents in ascending order and numbers them anew, from 0.
+            assert list(groups) == list(range(len(subset.doc_ids)))
             self._prepared[subset] = _Prepared(
                 instances=list(task.instances),
                 per_document=[
@@ -288,48 +305,11 @@ class HarnessEvaluator:
         return self._prepared[subset]
 
 
-class _Watch:
-    """Times forward passes, checks their logits, and counts generations that ran into the token limit."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.seconds = 0.0
-        self.generations = 0
-        self.truncated = 0
-
-    @contextlib.contextmanager
-    def on(self, model: PreTrainedModel) -> Iterator[None]:
-        started = 0.0
-
-        def before(*_: Any) -> None:
-            nonlocal started
-            started = time.perf_counter()
-
-        def after(_module: Any, _inputs: Any, output: Any) -> None:
-            logits: Tensor = output.logits
-            if logits.is_cuda:
-                import torch
-
-                torch.cuda.current_stream(logits.device).synchronize()
-            self.seconds += time.perf_counter() - started
-            if not logits.isfinite().all():
-                raise NonFiniteLogitsError("the model's logits hold NaN or infinity")
-
-        hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
 def _wrap(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationSettings,
-    watch: _Watch,
+    watch: Watch,
 ) -> Any:
     """Put lm-eval's own wrapper around the live model, extended by a count of truncated generations."""
     from lm_eval.models.huggingface import HFLM
@@ -353,46 +333,6 @@ def _wrap(
         )
 
 
-def batch_size(settings: EvaluationSettings) -> int:
-    """The batch size that the settings mean."""
-    return AUTO_BATCH_SIZE if settings.batch_size == "auto" else settings.batch_size
-
-
-def stock_command(
-    documents: DocumentSet,
-    model: Path,
-    library: TaskLibrary,
-    settings: EvaluationSettings,
-    *,
-    dtype: str,
-    device: str,
-    threads: int,
-) -> str:
-    """The stock `lm_eval` command that scores an exported model on the same documents."""
-    arguments = {"pretrained": str(model), "dtype": dtype, "softmax_dtype": settings.softmax_dtype}
-    if settings.max_length is not None:
-        arguments["max_length"] = str(settings.max_length)
-    if settings.attention is not None:
-        arguments["attn_implementation"] = settings.attention
-    parts = [
-        f"cd {library.folders[documents.task]} &&",
-        f"OMP_NUM_THREADS={threads} lm_eval run --model hf",
-        "--model_args " + ",".join(f"{key}={value}" for key, value in arguments.items()),
-        f"--tasks {documents.task} --include_path .",
-        f"--device {device} --batch_size {batch_size(settings)}",
-    ]
-    if settings.num_fewshot is not None:
-        parts.append(f"--num_fewshot {settings.num_fewshot}")
-    if settings.apply_chat_template:
-        parts.append("--apply_chat_template")
-    if settings.system_instruction is not None:
-        parts.append(f"--system_instruction {json.dumps(settings.system_instruction, ensure_ascii=False)}")
-    if not documents.complete:
-        samples = json.dumps({documents.task: list(documents.doc_ids)}, separators=(",", ":"))
-        parts.append(f"--samples '{samples}'")
-    return " ".join(parts)
-
-
 def split_documents(
     name: str, count: int, *, holdout: float, limit: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -412,6 +352,14 @@ def split_documents(
     return tuple(sorted(searched)), tuple(sorted(order[:num_holdout]))
 
 
+def _is_mean(aggregation: Callable[[Sequence[float]], float]) -> bool:
+    """Whether an aggregation is the mean, by what it does to an example."""
+    try:
+        return bool(math.isclose(aggregation([0.25, 0.5, 2.25]), 1.0))
+    except Exception:  # it expects pairs, or texts
+        return False
+
+
 def _number(found: Mapping[str, Any], metric: str, task: str) -> float:
     value = found.get(metric)
     if isinstance(value, (list, tuple, dict, str)) or value is None:
@@ -421,18 +369,15 @@ def _number(found: Mapping[str, Any], metric: str, task: str) -> float:
 
 
 def _stable(config: Any) -> Any:
-    """A task's config without what differs between machines: where its file lies, and functions' addresses."""
+    """A task's config, functions by their source, without what differs between machines.
+
+    That is where its files lie, and the addresses of functions whose source is not at hand.
+    """
     if isinstance(config, dict):
-        return {
-            key: _stable(value)
-            for key, value in config.items()
-            if key not in ("metadata", "data_files", "num_fewshot")
-        }
+        return {key: _stable(value) for key, value in config.items() if key not in ("metadata", "data_files")}
     if isinstance(config, (list, tuple)):
         return [_stable(item) for item in config]
-    if callable(config):
-        return getattr(config, "__name__", "function")
-    return config
+    return re.sub(r" at 0x[0-9a-f]+", "", config) if isinstance(config, str) else config
 
 
 @contextlib.contextmanager

@@ -90,15 +90,14 @@ NUM_PERMUTATIONS = 20_000
 def estimate(samples: Mapping[str, SampleScores], objectives: Sequence[Objective]) -> Estimate:
     """The fitness as a mean of per-document scores, with its standard error.
 
-    The fitness is a weighted sum of task means, so its variance is the weighted sum of their variances;
-    documents are the only source of error counted.
+    The fitness is a sum over documents, so its variance is the sum of the tasks' variances; the metrics of a
+    task are not independent and are added up per document first. Documents are the only source of error
+    counted.
     """
-    mean = variance = 0.0
-    for weight, scores in _weighted(samples, objectives):
-        mean += weight * float(scores.mean())
-        if len(scores) > 1:
-            variance += weight**2 * float(scores.var(ddof=1)) / len(scores)
-    return Estimate(mean=mean, standard_error=math.sqrt(variance))
+    shares = _shares(samples, objectives)
+    return Estimate(
+        mean=math.fsum(float(part.sum()) for part in shares.values()), standard_error=_standard_error(shares)
+    )
 
 
 def paired_test(
@@ -123,25 +122,23 @@ def paired_test(
     Raises:
         ValueError: The two were scored on different documents.
     """
-    by_task: dict[str, np.ndarray] = {}
-    for objective, (weight, a), (_, b) in zip(
-        objectives, _weighted(first, objectives), _weighted(second, objectives), strict=True
-    ):
+    for objective in objectives:
         if first[objective.task].doc_ids != second[objective.task].doc_ids:
             raise ValueError(f"{objective.task}: scored on different documents")
-        share = weight * (a - b) / len(a)
-        by_task[objective.task] = by_task.get(objective.task, 0.0) + share
+    of_second = _shares(second, objectives)
+    by_task = {task: part - of_second[task] for task, part in _shares(first, objectives).items()}
     shares = np.concatenate(list(by_task.values()))
     difference = float(shares.sum())
-    variance = sum(len(part) * float(part.var(ddof=1)) for part in by_task.values() if len(part) > 1)
-    error = math.sqrt(variance)
+    error = _standard_error(by_task)
     generator = np.random.default_rng(seed)
     moving = np.abs(shares[shares != 0])
+    # Sums that are equal but for the rounding of float64 count as equal.
+    threshold = abs(difference) - 1e-12 * float(moving.sum())
     extreme = 0
     for first_row in range(0, NUM_PERMUTATIONS, 1000):
         rows = min(1000, NUM_PERMUTATIONS - first_row)
         signs = generator.integers(0, 2, size=(rows, len(moving))) * 2 - 1
-        extreme += int((np.abs(signs @ moving) >= abs(difference) - 1e-12).sum())
+        extreme += int((np.abs(signs @ moving) >= threshold).sum())
     return PairedTest(
         difference=difference,
         standard_error=error,
@@ -151,15 +148,18 @@ def paired_test(
     )
 
 
-def _weighted(
-    samples: Mapping[str, SampleScores], objectives: Sequence[Objective]
-) -> list[tuple[float, np.ndarray]]:
-    """Per objective its signed share of the fitness and its per-document scores."""
+def _shares(samples: Mapping[str, SampleScores], objectives: Sequence[Objective]) -> dict[str, np.ndarray]:
+    """Task -> what each of its documents adds to the fitness, which is the sum of all."""
     total = sum(objective.weight for objective in objectives)
-    return [
-        (
-            (1 if objective.maximize else -1) * objective.weight / total,
-            np.asarray(samples[objective.task].values[objective.key], dtype=np.float64),
-        )
-        for objective in objectives
-    ]
+    shares: dict[str, np.ndarray] = {}
+    for objective in objectives:
+        scores = np.asarray(samples[objective.task].values[objective.key], dtype=np.float64)
+        sign = 1 if objective.maximize else -1
+        share = sign * objective.weight / total * scores / len(scores)
+        shares[objective.task] = shares.get(objective.task, 0.0) + share
+    return shares
+
+
+def _standard_error(shares: Mapping[str, np.ndarray]) -> float:
+    """Standard error of the sum of all shares, with the documents of each task as a sample of their own."""
+    return math.sqrt(sum(len(part) * float(part.var(ddof=1)) for part in shares.values() if len(part) > 1))

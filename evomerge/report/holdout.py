@@ -87,7 +87,7 @@ def holdout_table(
         for final in held_out
         if final.name in samples
     ]
-    rows.sort(key=lambda row: (row.name != WINNER, -row.fitness.mean))
+    rows.sort(key=lambda row: (row.name != WINNER, -row.fitness.mean, row.name))
     tests = {row.name: paired_test(samples[WINNER], samples[row.name], objectives) for row in rows[1:]}
     return HoldoutTable(
         rows=tuple(rows),

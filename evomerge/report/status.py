@@ -22,7 +22,7 @@ def run_status(path: Path) -> dict[str, Any]:
 
     Returns:
         Plain values: `state` is `running`, `finished`, or how the run ended (`stopped`, `interrupted`,
-        `failed`).
+        `failed`, `killed`).
 
     Raises:
         ConfigurationError: The folder holds no run.
@@ -35,9 +35,10 @@ def run_status(path: Path) -> dict[str, Any]:
         written = json.loads(folder.status.read_text(encoding="utf-8"))
     best = best_trial(journal.trials)
     table = holdout_table(folder, journal.finals, read_objectives(journal))
-    state = written.get("state", "starting")
-    if state not in ("finished", "failed", "stopped", "interrupted"):
-        state = "running" if is_locked(path) else "killed"
+    # The lock comes first: a resumed run still carries the state in which it ended before.
+    state = "running" if is_locked(path) else written.get("state")
+    if state not in ("running", "finished", "failed", "stopped", "interrupted"):
+        state = "killed"
     return {
         "state": state,
         "run_dir": str(path),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from evomerge.experiment import WorkerSettings
-from evomerge.workers.base import WorkerPool, WorkerSpec
+from evomerge.records import Outcome
+from evomerge.workers.base import Job, WorkerPool, WorkerSpec
 
 PROCESS_BYTES = 10**9
 """Memory of a worker process before it holds any model: Python, torch, transformers, lm-eval and Ray."""
@@ -42,19 +43,59 @@ def build_pool(spec: WorkerSpec, settings: WorkerSettings, *, worker_bytes: int)
     )
 
 
-def worker_memory(tensor_sizes: Iterable[int], *, itemsize: int, num_models: int) -> int:
-    """Bytes one worker needs: the live model, and float32 copies of the largest tensor of every model.
+class DeferredPool:
+    """Starts its pool when the first job comes.
 
-    The sources themselves are memory-mapped and shared between the workers of a host.
+    Args:
+        start: Starts it.
+    """
+
+    def __init__(self, start: Callable[[], WorkerPool]) -> None:
+        self._start = start
+        self._pool: WorkerPool | None = None
+
+    @property
+    def size(self) -> int:
+        """Jobs that run at the same time; 0 before the first came."""
+        return 0 if self._pool is None else self._pool.size
+
+    @property
+    def events(self) -> list[str]:
+        """What happened to workers."""
+        return [] if self._pool is None else self._pool.events
+
+    def submit(self, job: Job) -> None:
+        """Queue a job, after starting the pool if it is the first."""
+        if self._pool is None:
+            self._pool = self._start()
+        self._pool.submit(job)
+
+    def next(self, timeout: float) -> tuple[int, Outcome] | None:
+        """Wait for any job to finish."""
+        return None if self._pool is None else self._pool.next(timeout)
+
+    def close(self) -> None:
+        """Stop the pool if it was started."""
+        if self._pool is not None:
+            self._pool.close()
+
+
+def worker_memory(tensor_sizes: Iterable[int], *, itemsize: float, num_models: int) -> int:
+    """Bytes one worker needs at most.
+
+    That is its live model, and beside it either float32 copies of the largest tensor of every model while it
+    merges, or another model while it scores a checkpoint. The sources themselves are memory-mapped and
+    shared between the workers of a host.
 
     Args:
         tensor_sizes: Number of elements of every tensor.
-        itemsize: Bytes per element of the live model.
+        itemsize: Bytes per element of the live model, on average.
         num_models: Models merged at once, the base counted.
     """
     sizes = list(tensor_sizes)
+    model = round(sum(sizes) * itemsize)
     working = max(sizes, default=0) * 4 * (2 * num_models + 3)
-    return sum(sizes) * itemsize + working
+    return model + max(model, working)
 
 
 def available_memory() -> int:
@@ -69,4 +110,4 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-__all__ = ["WorkerPool", "WorkerSpec", "build_pool", "worker_memory"]
+__all__ = ["DeferredPool", "WorkerPool", "WorkerSpec", "build_pool", "worker_memory"]

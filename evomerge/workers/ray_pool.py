@@ -8,6 +8,8 @@ replaces dead or hanging actors.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +23,15 @@ from evomerge.workers.worker import Worker
 
 START_TIMEOUT = 600.0
 """Seconds a new actor may take to load its models."""
+
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    # A worker's threads are set by the worker; without this Ray warns about GPUs it hides on CPU workers.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Set before ray is first imported, which is when it reads them."""
 
 
 @dataclass(kw_only=True)
@@ -61,6 +72,8 @@ class RayPool:
         retries: int,
         make_worker: Callable[[WorkerSpec], Any] = Worker,
     ) -> None:
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         import ray
 
         self._ray = ray
@@ -73,13 +86,18 @@ class RayPool:
         self._attempts: dict[int, int] = {}
         self._failed: deque[tuple[int, Outcome]] = deque()
         self._events: list[str] = []
+        self._slots: list[_Slot] = []
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(ray, num_cpus=max((count or 1) * spec.threads, os.cpu_count() or 1))
-        if count is None:
-            count = max(1, min(max_count, self._most_workers()))
-        self._check_resources(count)
-        self._slots = [self._start() for _ in range(count)]
+        try:
+            if count is None:
+                count = max(1, min(max_count, self._most_workers()))
+            self._check_resources(count)
+            self._slots += [self._start() for _ in range(count)]
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def size(self) -> int:
@@ -121,7 +139,8 @@ class RayPool:
             now = time.monotonic()
             for slot in busy.values():
                 if slot.ref is not None and slot.ref not in ready and now >= slot.deadline:
-                    self._give_up(slot, f"no answer within {self._timeout:g} s", timed_out=True)
+                    limit = START_TIMEOUT if slot.job is None else self._timeout
+                    self._give_up(slot, f"no answer within {limit:g} s", timed_out=True)
             if now >= until and not self._failed:
                 return None
 
@@ -137,10 +156,10 @@ class RayPool:
         actor_class = self._ray.remote(
             num_cpus=self._spec.threads, num_gpus=self._gpus, max_restarts=0, max_task_retries=0
         )(_Actor)
-        actor = actor_class.remote(self._spec, self._make_worker)
+        actor = actor_class.remote()
         return _Slot(
             actor=actor,
-            ref=actor.pid.remote(),
+            ref=actor.start.remote(self._spec, self._make_worker),
             job=None,
             deadline=time.monotonic() + START_TIMEOUT,
             num_failed_starts=num_failed_starts,
@@ -157,7 +176,7 @@ class RayPool:
 
     def _collect(self, slot: _Slot) -> tuple[int, Outcome] | None:
         """Take the answer of a slot that Ray reports ready; a failed reference counts as ready too."""
-        from ray.exceptions import RayActorError, RayError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         try:
             answer = self._ray.get(slot.ref)
@@ -166,24 +185,19 @@ class RayPool:
                 raise WorkerError(f"a worker cannot be set up: {error.cause or error}") from error
             self._give_up(slot, f"{type(error.cause).__name__}: {error.cause}")
             return None
-        except (RayActorError, RayError) as error:
-            cause = getattr(error, "cause", None)
-            if slot.job is None and cause is not None:
-                raise WorkerError(f"a worker cannot be set up: {cause}") from error
+        except RayError as error:
             self._give_up(slot, f"its worker died ({type(error).__name__})")
             return None
         job, slot.ref, slot.job, slot.num_failed_starts = slot.job, None, None, 0
         if job is None:
             return None
         outcome: Outcome = answer
-        attempts = self._attempts.pop(job.number)
-        if outcome.status is Status.FAILED and attempts <= self._retries:
-            self._events.append(f"job {job.number} failed and is tried again: {outcome.reason}")
-            self._attempts[job.number] = attempts
-            self._queue.appendleft(job)
-            self._replace(slot)
+        if outcome.status is Status.FAILED:
+            # The process may be short of memory or otherwise unsound, so the next job gets a fresh one.
+            slot.job = job
+            self._give_up(slot, outcome.reason)
             return None
-        return job.number, replace(outcome, attempts=attempts)
+        return job.number, replace(outcome, attempts=self._attempts.pop(job.number))
 
     def _give_up(self, slot: _Slot, reason: str, *, timed_out: bool = False) -> None:
         """Replace a slot's actor and requeue its job, or report the job failed once its retries are spent."""
@@ -232,23 +246,24 @@ class RayPool:
 class _Actor:
     """The process around one worker."""
 
-    def __init__(self, spec: WorkerSpec, make_worker: Callable[[WorkerSpec], Any]) -> None:
+    def start(self, spec: WorkerSpec, make_worker: Callable[[WorkerSpec], Any]) -> None:
+        """Build the worker; not in `__init__`, whose errors Ray reports without their cause."""
+        # Models and data were resolved before the search; both libraries read this when first imported.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
         self._worker = make_worker(spec)
 
     def pid(self) -> int:
+        """The process's id."""
         return os.getpid()
 
     def run(self, job: Job) -> Outcome:
+        """Score a job."""
         outcome: Outcome = self._worker.run(job)
         return outcome
 
 
 def _start_ray(ray: Any, *, num_cpus: int) -> None:
     """Join the cluster that `RAY_ADDRESS` names, or start a local one that listens to this machine only."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    # A worker's threads are set by the worker; without this Ray warns about GPUs it hides on CPU workers.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = (
         {"address": address}
@@ -258,8 +273,13 @@ def _start_ray(ray: Any, *, num_cpus: int) -> None:
             "include_dashboard": False,
         }
     )
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "a local Ray"
         raise WorkerError(f"cannot reach {where}: {error}") from error
+    finally:
+        # Ray installs a handler of its own, which would exit where the run has to stop in order.
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,15 +62,15 @@ class Worker:
                 self._live.write(plan_merge(job.recipe, self._sources), self._sources)
                 materialised = time.perf_counter()
                 scores = self._evaluator.evaluate(job.documents)
-        except (NonFiniteWeightsError, NonFiniteLogitsError) as error:
+        except (NonFiniteWeightsError, NonFiniteLogitsError, EvomergeError) as error:
             return Outcome(status=Status.INVALID, reason=str(error), seconds=_since(started))
-        except EvomergeError as error:
-            return Outcome(status=Status.INVALID, reason=str(error), seconds=_since(started))
-        except (MemoryError, RuntimeError) as error:
-            # torch reports exhausted memory and unsupported operations alike as RuntimeError.
-            gc.collect()
-            reason = f"{type(error).__name__}: {error}"
+        except Exception as error:  # torch alone reports exhausted memory in several ways
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             return Outcome(status=Status.FAILED, reason=reason, seconds=_since(started))
+        finally:
+            if job.checkpoint is not None:
+                gc.collect()  # its model is in reference cycles, and there may be no room for another one
         return _outcome(scores, started, materialised)
 
     def _score_checkpoint(self, folder: Path, documents: Sequence[DocumentSet]) -> tuple[float, Scores]:

@@ -1,0 +1,96 @@
+"""The state of a run, from its folder alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evomerge.errors import ConfigurationError
+from evomerge.fitness.objectives import Objective
+from evomerge.journal import Journal
+from evomerge.lock import RunLock, is_locked
+from evomerge.records import Header, Status, Trial
+from evomerge.report.status import read_objectives, run_status
+from evomerge.report.trials import trial_recipe
+from evomerge.run_dir import RunDir
+
+SETTINGS = {
+    "name": "tiny",
+    "search": {"evaluations": 9},
+    "objectives": [{"task": "t", "metric": "m", "filter": "none", "weight": 2.0, "direction": "minimize"}],
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    found = RunDir(tmp_path)
+    found.create()
+    header = Header(experiment="e", settings=SETTINGS, inputs={}, versions={}, seed=0)
+    with Journal.create(found.journal, header) as journal:
+        for number, fitness in enumerate((0.5, None, 0.75)):
+            status = Status.INVALID if fitness is None else Status.OK
+            trial = Trial(
+                number=number,
+                candidate=f"c{number}",
+                genome=(),
+                asked_after=0,
+                status=status,
+                fitness=fitness,
+            )
+            journal.append(trial)
+    return found
+
+
+def test_progress_comes_from_the_journal(run_dir: RunDir) -> None:
+    run_dir.write_status({"state": "searching", "evaluations": {"done": 999}})
+    found = run_status(run_dir.path)
+    assert found["evaluations"] == {"done": 3, "total": 9}
+    assert found["invalid"] == 1
+    assert found["best"] == {"trial": 2, "candidate": "c2", "fitness": 0.75, "metrics": {}}
+    assert found["holdout"] is None
+    assert found["name"] == "tiny"
+
+
+@pytest.mark.parametrize("state", ["finished", "failed", "stopped", "interrupted"])
+def test_a_run_that_ended_says_how(run_dir: RunDir, state: str) -> None:
+    run_dir.write_status({"state": state})
+    assert run_status(run_dir.path)["state"] == state
+
+
+@pytest.mark.parametrize("written", ["searching", "finishing", "stopped", "failed", None])
+def test_a_run_is_running_as_long_as_its_lock_is_held(run_dir: RunDir, written: str | None) -> None:
+    """A resumed run still has the state in which it ended before."""
+    if written is not None:
+        run_dir.write_status({"state": written})
+    assert not is_locked(run_dir.path)
+    with RunLock(run_dir.path):
+        assert is_locked(run_dir.path)
+        assert run_status(run_dir.path)["state"] == "running"
+    ended = run_status(run_dir.path)["state"]
+    assert ended == (written if written in ("stopped", "failed") else "killed")
+
+
+def test_a_run_is_read_while_a_record_is_half_written(run_dir: RunDir) -> None:
+    with run_dir.journal.open("ab") as file:
+        file.write(b'{"kind":"trial","tri')
+    before = run_dir.journal.read_bytes()
+    assert run_status(run_dir.path)["evaluations"]["done"] == 3
+    assert run_dir.journal.read_bytes() == before
+    assert json.dumps(run_status(run_dir.path))
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="holds no run"):
+        run_status(tmp_path / "nowhere")
+
+
+def test_objectives_are_read_as_they_were_resolved(run_dir: RunDir) -> None:
+    expected = Objective(task="t", metric="m", filter="none", weight=2.0, maximize=False)
+    assert read_objectives(Journal.load(run_dir.journal)) == (expected,)
+
+
+def test_a_trial_that_is_not_recorded_is_named(run_dir: RunDir) -> None:
+    with pytest.raises(ConfigurationError, match="no trial 7 is recorded; 3 trials are"):
+        trial_recipe(run_dir.path, 7)
