@@ -1,7 +1,7 @@
 """The experiment: everything an `experiment.yml` may say, and where its relative paths point.
 
 Shape and ranges are checked here. What the searcher, the space, the models and the tasks have to say about
-it is checked where they are built; see `setup.py`.
+it is checked where they are built; see `prepare.py`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class EvaluationSettings(StrictRecord):
 
     Attributes:
         backend: `hf`: lm-eval over the live transformers model.
-        batch_size: Requests per batch, fixed within a run; `auto` chooses by the documents' number.
+        batch_size: Requests per batch, fixed within a run; `auto` is the constant 32.
         holdout: Share of each task's documents kept for the final judgement, unless it has a holdout task.
-        limit: Most documents per task to search on, drawn with the experiment's seed; null for all.
+        limit: Most documents per task to search on, drawn by a fixed hash; null for all.
         max_length: Context length in tokens; the model's own by default.
         num_fewshot: Examples in the prompt; the task's own number by default.
         apply_chat_template: Wrap prompts in the tokenizer's chat template.

@@ -27,7 +27,7 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import Objective, fitness
 from evomerge.journal import Journal
 from evomerge.recipe import Recipe
-from evomerge.records import Genome, Outcome, Status, Trial
+from evomerge.records import Dimension, Genome, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
 from evomerge.search import Searcher
 from evomerge.spaces import SearchSpace
@@ -43,6 +43,10 @@ class Observer(Protocol):
 
     def phase(self, text: str) -> None:
         """The run enters a phase, such as `starting workers`."""
+        ...
+
+    def search(self, dimensions: Sequence[Dimension]) -> None:
+        """The search begins; genomes have these dimensions."""
         ...
 
     def event(self, text: str) -> None:
@@ -131,6 +135,7 @@ class Run:
             RunStoppedError: A stop was asked for.
         """
         number = generation = 0
+        self.observer.search(self.space.dimensions)
         self._write_best()
         while number < self._evaluations:
             proposed = self._searcher.ask()

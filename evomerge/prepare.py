@@ -270,7 +270,8 @@ class _Checks:
             with self.collect():
                 objectives.append(library.objective(settings, index))
                 if settings.holdout_task is not None:
-                    library.objective(settings.model_copy(update={"task": settings.holdout_task}), index)
+                    same = {"task": settings.holdout_task, "filter": objectives[-1].filter}
+                    library.objective(settings.model_copy(update=same), index)
         return library, tuple(objectives)
 
 

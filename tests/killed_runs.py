@@ -19,7 +19,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +119,8 @@ class Silent:
     """An observer."""
 
     def phase(self, text: str) -> None: ...
+
+    def search(self, dimensions: Sequence[Dimension]) -> None: ...
 
     def event(self, text: str) -> None: ...
 

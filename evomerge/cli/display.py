@@ -8,13 +8,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
-from evomerge.records import Trial
+from evomerge.records import Dimension, Trial
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from evomerge.loop import Observer
     from evomerge.report.holdout import HoldoutTable
     from evomerge.run import RunResult
+
+NUM_GENES = 8
+"""How many numbers of the best recipe the panel shows."""
 
 
 @contextmanager
@@ -47,6 +50,10 @@ class PlainDisplay:
         """Say what begins."""
         click.echo(f"{text} ...", err=True)
 
+    def search(self, dimensions: Sequence[Dimension]) -> None:
+        """Say how much is searched."""
+        click.echo(f"searching {len(dimensions)} numbers", err=True)
+
     def event(self, text: str) -> None:
         """Say what happened."""
         click.echo(f"note: {text}", err=True)
@@ -70,6 +77,10 @@ class LiveDisplay:
         """Show what is going on."""
         self._phase = text
         self._draw()
+
+    def search(self, dimensions: Sequence[Dimension]) -> None:
+        """Learn what the numbers of a genome are called."""
+        self._progress.names = [dimension.name for dimension in dimensions]
 
     def event(self, text: str) -> None:
         """Print above the panel."""
@@ -99,6 +110,7 @@ class Progress:
     def __init__(self) -> None:
         self.done = 0
         self.total = 0
+        self.names: list[str] = []
         self._first_done = 0
         self._started = time.monotonic()
         self._generation = -1
@@ -130,9 +142,11 @@ class Progress:
         ]
         if self._best is not None and known:
             rows.append(f"fitness: best {self._best.fitness:.4f}   median {statistics.median(known):.4f}")
-            genome = " ".join(f"{value:.2f}" for value in self._best.genome[:12])
-            more = " ..." if len(self._best.genome) > 12 else ""
-            rows.append(f"best recipe (trial {self._best.number}): {genome}{more}")
+            genes = [
+                f"{name} {value:.2f}" for name, value in zip(self.names, self._best.genome, strict=False)
+            ]
+            more = f"   and {len(genes) - NUM_GENES} more" if len(genes) > NUM_GENES else ""
+            rows.append(f"best recipe (trial {self._best.number}): {'   '.join(genes[:NUM_GENES])}{more}")
         return rows
 
     def line(self) -> str:

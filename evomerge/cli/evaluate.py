@@ -18,7 +18,7 @@ import click
     help="Folder with task files, beside those that lm-eval ships. May be repeated.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Requests per batch.  [default: 32]")
-@click.option("--limit", type=click.IntRange(min=1), help="Most documents per task, drawn evenly.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most documents per task, drawn by a fixed hash.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
 @click.option("--device", default="auto", show_default=True, help="Torch device.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Context length in tokens.")

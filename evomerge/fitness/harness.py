@@ -158,9 +158,19 @@ class TaskLibrary:
         return bool(task.get_config("num_fewshot") != 0)
 
     def metrics(self, name: str) -> list[tuple[str, str]]:
-        """Every (metric, filter) of a task."""
+        """Every (metric, filter) of a task whose metric is the mean of a number per document.
+
+        Raises:
+            TaskError: It has none.
+        """
         task = self.tasks[name]
-        return [(metric, str(pipeline.name)) for pipeline in task._filters for metric in task.aggregation()]
+        means = [metric for metric, function in task.aggregation().items() if _is_mean(function)]
+        if not means:
+            found = ", ".join(task.aggregation())
+            raise TaskError(
+                Fault(path=name, reason=f"no metric is the mean of a number per document, only {found}")
+            )
+        return [(metric, str(pipeline.name)) for pipeline in task._filters for metric in means]
 
 
 def _package_folder() -> Path:
