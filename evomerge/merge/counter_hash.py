@@ -62,24 +62,20 @@ def hash_elements(elements: Tensor, k0: int, k1: int) -> Tensor:
     return x.bitwise_xor_(x >> 16)
 
 
-def keep_mask(count: int, probability: float, *, seed: int, tensor_name: str, source: int) -> Tensor:
+def keep_mask(
+    count: int, probability: float, *, seed: int, tensor_name: str, source: int, first: int = 0
+) -> Tensor:
     """Boolean mask of shape [count]: element e is kept iff its hash is below the threshold.
 
     Args:
-        count: Number of elements of the tensor.
+        count: Number of elements.
         probability: Chance of each element to be kept, in [0, 1].
         seed: The recipe's seed.
         tensor_name: Name of the output tensor.
         source: Position of the source among the recipe's inputs.
+        first: Position of the first element in the whole tensor.
     """
     import torch
 
-    bound = threshold(probability)
-    mask = torch.empty(count, dtype=torch.bool)
-    step = 1 << 20
-    k0, k1 = keys(seed, tensor_name, source)
-    for first in range(0, count, step):
-        size = min(step, count - first)
-        elements = torch.arange(first, first + size)
-        torch.lt(hash_elements(elements, k0, k1), bound, out=mask[first : first + size])
-    return mask
+    hashes = hash_elements(torch.arange(first, first + count), *keys(seed, tensor_name, source))
+    return hashes < threshold(probability)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from evomerge.errors import CheckpointError, Fault
@@ -11,6 +11,9 @@ from evomerge.merge.plan import TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PIECE = 1 << 16
+"""Elements that an elementwise method is given at once: its temporaries stay in the processor's cache."""
 
 
 class TensorSource(Protocol):
@@ -39,6 +42,17 @@ def merge_tensor(plan: TensorPlan, sources: Mapping[str, TensorSource]) -> Tenso
     tensors = [sources[model].tensor(name) for model, name in plan.inputs]
     if plan.dtype is None:
         return _copy(plan, tensors)
+    merged = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype))
+    if not plan.method.elementwise:
+        return merged.copy_(_merge_piece(plan, tensors, first=0))
+    out, flat = merged.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    for first in range(0, out.numel(), PIECE):
+        piece = [tensor[first : first + PIECE] for tensor in flat]
+        out[first : first + PIECE] = _merge_piece(plan, piece, first=first)
+    return merged
+
+
+def _merge_piece(plan: TensorPlan, tensors: Sequence[Tensor], *, first: int) -> Tensor:
     inputs = MergeInputs(
         name=plan.name,
         tensors=[tensor.float() for tensor in tensors],
@@ -46,9 +60,9 @@ def merge_tensor(plan: TensorPlan, sources: Mapping[str, TensorSource]) -> Tenso
         shared=plan.shared,
         values=plan.values,
         seed=plan.seed,
+        first=first,
     )
-    merged: Tensor = plan.method.formula(inputs).to(getattr(torch, plan.dtype))
-    return merged
+    return plan.method.formula(inputs)
 
 
 def is_finite(tensor: Tensor) -> bool:

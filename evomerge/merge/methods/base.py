@@ -86,11 +86,13 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInputs:
-    """Everything a formula needs for one output tensor.
+    """Everything a formula needs for one output tensor, or for a run of elements of one.
 
     Attributes:
         name: Name of the output tensor.
         tensors: One float32 tensor per input model, in the recipe's order, all of one shape.
+        first: Position in the whole tensor of the first element of `tensors`; 0 unless the method is
+            elementwise and gets the tensor in pieces.
         base: Position of the base model in `tensors`, or None.
         shared: Values of the parameters of scope `recipe`.
         values: Per input model, the values of its parameters; empty for a base without any.
@@ -103,6 +105,7 @@ class MergeInputs:
     shared: Mapping[str, Any]
     values: Sequence[Mapping[str, Any]]
     seed: int
+    first: int = 0
 
     @property
     def base_tensor(self) -> Tensor:
@@ -130,6 +133,8 @@ class Method:
         min_models: Fewest input models, the base counted when it is needed.
         max_models: Most input models, or None.
         random: Whether the result depends on the recipe's seed.
+        elementwise: Whether an element of the result depends on the same element of the inputs only; such a
+            method is given tensors in pieces that fit the processor's cache, with the same result.
         formula: Merges one tensor: float32 in, float32 of the same shape out, inputs left unchanged.
     """
 
@@ -143,6 +148,7 @@ class Method:
     min_models: int = 1
     max_models: int | None = None
     random: bool = False
+    elementwise: bool = False
 
     def parameter(self, name: str) -> Parameter | None:
         """The parameter of that name, if the method has it."""

@@ -29,7 +29,14 @@ def drop_and_rescale(inputs: MergeInputs) -> list[Tensor]:
     for delta, source in zip(deltas, inputs.others, strict=True):
         density = inputs.values[source]["density"]
         if density < 1:
-            mask = keep_mask(delta.numel(), density, seed=inputs.seed, tensor_name=inputs.name, source=source)
+            mask = keep_mask(
+                delta.numel(),
+                density,
+                seed=inputs.seed,
+                tensor_name=inputs.name,
+                source=source,
+                first=inputs.first,
+            )
             delta.mul_(mask.view_as(delta))
             if inputs.shared["rescale"]:
                 delta.div_(density)
@@ -49,5 +56,6 @@ METHOD = Method(
     parameters=PARAMETERS,
     base=BasePolicy.REQUIRED,
     random=True,
+    elementwise=True,
     formula=dare_linear,
 )

@@ -30,5 +30,6 @@ METHOD = Method(
     parameters=PARAMETERS,
     base=BasePolicy.REQUIRED,
     random=True,
+    elementwise=True,
     formula=dare_ties,
 )

@@ -49,5 +49,6 @@ METHOD = Method(
         ),
     ),
     base=BasePolicy.IGNORED,
+    elementwise=True,
     formula=linear,
 )

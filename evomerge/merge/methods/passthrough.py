@@ -35,5 +35,6 @@ METHOD = Method(
     ),
     base=BasePolicy.IGNORED,
     max_models=1,
+    elementwise=True,
     formula=passthrough,
 )

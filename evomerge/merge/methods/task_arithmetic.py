@@ -121,5 +121,6 @@ METHOD = Method(
     reference="https://arxiv.org/abs/2212.04089",
     parameters=parameters(normalize=False),
     base=BasePolicy.REQUIRED,
+    elementwise=True,
     formula=task_arithmetic,
 )
