@@ -18,7 +18,7 @@ from typing import Literal
 from evomerge.errors import EvomergeError
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import fitness
-from evomerge.loop import POLL_SECONDS, Run, checked
+from evomerge.loop import Run
 from evomerge.merge.export import export_model
 from evomerge.prepare import PreparedRun
 from evomerge.recipe import Recipe
@@ -155,20 +155,13 @@ def _score(
     """
     recorded = {final.name: final for final in run.journal.finals if final.stage == stage}
     waiting = {i: entry for i, entry in enumerate(entries) if entry.name not in recorded}
-    for index, entry in waiting.items():
-        run.pool.submit(
-            Job(number=index, documents=documents, recipe=entry.recipe, checkpoint=entry.checkpoint)
-        )
+    jobs = [
+        Job(number=index, documents=documents, recipe=entry.recipe, checkpoint=entry.checkpoint)
+        for index, entry in waiting.items()
+    ]
     failure: str | None = None
-    while waiting:
-        run.stop.check(run.run_dir)
-        finished = run.pool.next(POLL_SECONDS)
-        for event in run.pool.events:
-            run.news(event)
-        if finished is None:
-            continue
-        index, outcome = finished
-        entry, outcome = waiting.pop(index), checked(outcome)
+    for index, outcome in run.outcomes(jobs):
+        entry = waiting[index]
         if entry.name == WINNER and outcome.status is not Status.OK:
             failure = outcome.reason
             continue

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -166,18 +166,10 @@ class Run:
                 self._check_replay(recorded[number], genome)
             else:
                 recipes[number] = self.space.decode(genome)
-        for number, recipe in recipes.items():
-            self.pool.submit(Job(number=number, documents=self._documents, recipe=recipe))
-        waiting = set(recipes)
-        while waiting:
-            self.stop.check(self.run_dir)
-            finished = self.pool.next(POLL_SECONDS)
-            for event in self.pool.events:
-                self.news(event)
-            if finished is None:
-                continue
-            number, outcome = finished
-            waiting.remove(number)
+        jobs = [
+            Job(number=number, documents=self._documents, recipe=recipe) for number, recipe in recipes.items()
+        ]
+        for number, outcome in self.outcomes(jobs):
             trial = self._trial(number, genomes[number - first], recipes[number], outcome, asked_after=first)
             self.journal.append(trial)
             best = self.best
@@ -191,7 +183,6 @@ class Run:
     def _trial(
         self, number: int, genome: Genome, recipe: Recipe, outcome: Outcome, *, asked_after: int
     ) -> Trial:
-        outcome = checked(outcome)
         is_ok = outcome.status is Status.OK
         return Trial(
             number=number,
@@ -229,6 +220,25 @@ class Run:
         if best is not None:
             write_recipe(self.run_dir, self.space.decode(best.genome), best)
 
+    def outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
+        """Have jobs carried out; give each one's number and outcome as it finishes.
+
+        Raises:
+            RunStoppedError: A stop was asked for.
+        """
+        for job in jobs:
+            self.pool.submit(job)
+        waiting = {job.number for job in jobs}
+        while waiting:
+            self.stop.check(self.run_dir)
+            finished = self.pool.next(POLL_SECONDS)
+            for event in self.pool.events:
+                self.news(event)
+            if finished is not None:
+                number, outcome = finished
+                waiting.remove(number)
+                yield number, checked(outcome)
+
     def news(self, text: str) -> None:
         """Log an event and tell the observer."""
         self.run_dir.log(text)
@@ -236,24 +246,31 @@ class Run:
 
     def write_status(self, state: str, **more: Any) -> None:
         """Replace `status.json`."""
-        best = self.best
         self.run_dir.write_status(
             {
                 "state": state,
-                "evaluations": {"done": len(self.journal.trials), "total": self._evaluations},
-                "invalid": sum(trial.fitness is None for trial in self.journal.trials),
-                "best": None
-                if best is None
-                else {
-                    "trial": best.number,
-                    "candidate": best.candidate,
-                    "fitness": best.fitness,
-                    "metrics": best.metrics,
-                },
+                **progress(self.journal.trials, self._evaluations),
                 "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 **more,
             }
         )
+
+
+def progress(trials: Sequence[Trial], total: int) -> dict[str, Any]:
+    """How far a search is, as plain values: `evaluations`, `invalid` and `best`."""
+    best = best_trial(trials)
+    return {
+        "evaluations": {"done": len(trials), "total": total},
+        "invalid": sum(trial.fitness is None for trial in trials),
+        "best": None
+        if best is None
+        else {
+            "trial": best.number,
+            "candidate": best.candidate,
+            "fitness": best.fitness,
+            "metrics": best.metrics,
+        },
+    }
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:

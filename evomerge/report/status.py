@@ -9,7 +9,7 @@ from typing import Any
 from evomerge.fitness.objectives import Objective
 from evomerge.journal import Journal
 from evomerge.lock import is_locked
-from evomerge.loop import best_trial
+from evomerge.loop import progress
 from evomerge.report.holdout import holdout_table
 from evomerge.run_dir import RunDir
 
@@ -33,7 +33,6 @@ def run_status(path: Path) -> dict[str, Any]:
     written: dict[str, Any] = {}
     if folder.status.is_file():
         written = json.loads(folder.status.read_text(encoding="utf-8"))
-    best = best_trial(journal.trials)
     table = holdout_table(folder, journal.finals, read_objectives(journal))
     # The lock comes first: a resumed run still carries the state in which it ended before.
     state = "running" if is_locked(path) else written.get("state")
@@ -43,19 +42,7 @@ def run_status(path: Path) -> dict[str, Any]:
         "state": state,
         "run_dir": str(path),
         "name": journal.header.settings["name"],
-        "evaluations": {
-            "done": len(journal.trials),
-            "total": journal.header.settings["search"]["evaluations"],
-        },
-        "invalid": sum(trial.fitness is None for trial in journal.trials),
-        "best": None
-        if best is None
-        else {
-            "trial": best.number,
-            "candidate": best.candidate,
-            "fitness": best.fitness,
-            "metrics": best.metrics,
-        },
+        **progress(journal.trials, journal.header.settings["search"]["evaluations"]),
         "holdout": None if table is None else table.to_dict(),
     }
 
