@@ -60,8 +60,11 @@ def test_two_workers_give_the_outcomes_of_one_in_process(spec: WorkerSpec) -> No
     options: dict[str, Any] = {"gpus_per_worker": 0.0, "timeout": 120.0, "retries": 0}
     with closing(RayPool(spec, count=2, **options)) as pool:
         assert pool.size == 2
+        processes: list[int] = []
+        while len(processes) < 2:  # or one of them does all the work before the other is up
+            assert pool.next(60.0) is None
+            processes = pool.pids()
         remote, _ = carry_out(pool, jobs)
-        processes = pool.pids()
         assert len(set(processes)) == 2
     assert scores(remote) == scores(inline)
     assert all(outcome.status is Status.OK for outcome in remote.values())
