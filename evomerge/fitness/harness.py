@@ -135,8 +135,8 @@ class TaskLibrary:
             reason = f"the task {settings.task} has no filter {settings.filter!r}"
             reason += f"{nearest(settings.filter, filters)}; it has {', '.join(filters)}"
             raise TaskError(Fault(path=f"{where}.filter", reason=reason))
-        if not _is_mean(task.aggregation()[settings.metric]):
-            means = [name for name, function in task.aggregation().items() if _is_mean(function)]
+        means = _mean_metrics(task)
+        if settings.metric not in means:
             reason = (
                 f"{settings.metric} is not the mean of a number per document, which comparing models needs; "
             )
@@ -164,7 +164,7 @@ class TaskLibrary:
             TaskError: It has none.
         """
         task = self.tasks[name]
-        means = [metric for metric, function in task.aggregation().items() if _is_mean(function)]
+        means = _mean_metrics(task)
         if not means:
             found = ", ".join(task.aggregation())
             raise TaskError(
@@ -360,6 +360,11 @@ def split_documents(
     num_holdout = min(count - 1, max(1, round(count * holdout))) if holdout > 0 and count > 1 else 0
     searched = order[num_holdout:][:limit]
     return tuple(sorted(searched)), tuple(sorted(order[:num_holdout]))
+
+
+def _mean_metrics(task: Any) -> list[str]:
+    """The task's metrics that are the mean of a number per document."""
+    return [metric for metric, aggregation in task.aggregation().items() if _is_mean(aggregation)]
 
 
 def _is_mean(aggregation: Callable[[Sequence[float]], float]) -> bool:
