@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from evomerge.checkpoints.architecture import num_layers
 from evomerge.checkpoints.reader import DTYPES, Checkpoint, contained
 from evomerge.checkpoints.tokenizer import difference, same_vocabulary, tokenizer_files
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.errors import CheckpointError, ConfigurationError, Fault
+from evomerge.merge.card import model_card
+from evomerge.merge.config import merged_config
 from evomerge.merge.execute import is_finite, merge_tensor
 from evomerge.merge.plan import MergePlan, TensorPlan, plan_merge, tied_heads
 from evomerge.recipe import Recipe
-
-LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 
 def export_model(
@@ -77,35 +74,6 @@ def export_model(
         writer.commit()
 
 
-def merged_config(plan: MergePlan, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """The donor's config with what every layer is, their number and the weight type of the merged model.
-
-    Raises:
-        CheckpointError: The number of layers changes, but the config does not say it in a known place.
-    """
-    merged = {key: value for key, value in checkpoints[plan.donor].config.items() if key != "_name_or_path"}
-    counts = [key for key in LAYER_COUNT_KEYS if key in merged]
-    if not counts and plan.num_layers != num_layers(checkpoints[plan.donor].tensors):
-        reason = f"states the number of layers in none of {', '.join(LAYER_COUNT_KEYS)}, so it cannot change"
-        raise CheckpointError(Fault(path=f"{plan.donor}: config.json", reason=reason))
-    merged |= dict.fromkeys(counts, plan.num_layers)
-    for key in PER_LAYER_KEYS:
-        if merged.get(key) is not None:
-            merged[key] = [_per_layer(checkpoints[model], model, key, layer) for model, layer in plan.layers]
-    dtypes = {tensor.dtype for tensor in plan.tensors if tensor.dtype is not None}
-    if len(dtypes) == 1:
-        merged["dtype"] = merged["torch_dtype"] = dtypes.pop()
-    return merged
-
-
-def _per_layer(checkpoint: Checkpoint, name: str, key: str, layer: int) -> Any:
-    values = checkpoint.config.get(key)
-    if not isinstance(values, list) or layer >= len(values):
-        reason = f"expected {key} to be a list with an entry for layer {layer}, got {values!r}"
-        raise CheckpointError(Fault(path=f"{name}: config.json", reason=reason))
-    return values[layer]
-
-
 def _check_tied_heads(name: str, checkpoint: Checkpoint) -> None:
     for head, embedding in tied_heads(checkpoint).items():
         if not checkpoint.tensor(head).equal(checkpoint.tensor(embedding)):
@@ -114,28 +82,6 @@ def _check_tied_heads(name: str, checkpoint: Checkpoint) -> None:
                 "meant"
             )
             raise CheckpointError(Fault(path=name, reason=reason))
-
-
-def model_card(recipe: Recipe) -> str:
-    """A README for the merged model: its parents, its recipe, and how to merge it again."""
-    parents = "\n".join(f"- {name}" for name in recipe.model_names)
-    return f"""---
-library_name: transformers
-tags: [merge, evomerge]
----
-# Merged model
-
-Merged with the `{recipe.merge_method}` method from:
-
-{parents}
-
-## Recipe
-
-```yaml
-{recipe.to_yaml()}```
-
-`evomerge merge mergekit_config.yml OUT_DIR` makes this model again; mergekit reads the same file.
-"""
 
 
 def _num_bytes(plan: TensorPlan, checkpoints: Mapping[str, Checkpoint]) -> int:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from evomerge.checkpoints.manifest import verify_manifest
 from evomerge.errors import CheckpointError, ConfigurationError, RefusedError
-from evomerge.merge.export import export_model, merged_config
+from evomerge.merge.config import merged_config
+from evomerge.merge.export import export_model
 from evomerge.merge.plan import plan_merge
 from evomerge.recipe import Recipe
 
