@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Part = Literal["embedding", "attention", "mlp", "norm", "head", "other"]
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
-_NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
+NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
+"""Matches a piece of a name that stands for a normalisation."""
+
 _ATTENTION = re.compile(r"attn|attention|^(q|k|v|o|qkv|out)_proj$|^wqkv$|^query_key_value$", re.IGNORECASE)
 _MLP = re.compile(
     r"mlp|ffn|feed_?forward|experts?$|moe$|router"
@@ -24,7 +27,9 @@ _MLP = re.compile(
     re.IGNORECASE,
 )
 _EMBEDDING = re.compile(r"embed|embd|^wte$|^wpe$")
-_HEAD = re.compile(r"^(lm_head|embed_out|output_projection|score|classifier|.*_head)$")
+_HEAD = re.compile(r"^(lm_head|embed_out|output|output_projection|score|classifier|.*_head)$")
+_CONSTANT = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.masked_bias$")
+_CAUSAL_MASK = re.compile(r"(attn|attention)\.bias$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,28 @@ def layer_name(template: str, layer: int) -> str:
     return template.replace("{}", str(layer), 1)
 
 
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """Return container -> number of its layers, for every numbered container with attention or an MLP in it.
+
+    A decoder has one; a tower for images or sound, or an encoder, is another.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        prefix, number, rest = _split(name)
+        if rest and _part_in_layer(rest) in {"attention", "mlp"}:
+            numbers.setdefault(prefix, set()).add(number)
+    return {prefix: len(found) for prefix, found in sorted(numbers.items())}
+
+
+def is_constant(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is a constant that old checkpoints store and models compute: no weight.
+
+    Those are the frequencies of rotary embeddings and the causal masks of GPT-2 and GPT-NeoX, which are
+    called `bias` but, unlike a bias, are no vectors.
+    """
+    return bool(_CONSTANT.search(name)) or (len(shape) > 2 and bool(_CAUSAL_MASK.search(name)))
+
+
 def before_layers(role: TensorRole) -> bool:
     """Whether a tensor acts before the first layer: embeddings do, the final norm and the head do not."""
     if role.layer is not None or role.part == "head":
@@ -119,10 +146,11 @@ def _stack(names: list[str]) -> tuple[str, int]:
     return container, len(found)
 
 
+@lru_cache(maxsize=4096)  # the layers repeat each other
 def _part_in_layer(rest: str) -> Part:
     pieces = rest.split(".")
     # Norms first: `post_attention_layernorm` and `self_attn.q_norm` name what they stand next to.
-    if any(_NORM.search(piece) for piece in pieces):
+    if any(NORM.search(piece) for piece in pieces):
         return "norm"
     # Outermost first: `mlp.c_proj` and `attn.c_proj` differ only there.
     for piece in pieces:
@@ -137,7 +165,7 @@ def _part_outside(name: str) -> Part:
     pieces = name.split(".")
     if any(_HEAD.search(piece) for piece in pieces):
         return "head"
-    if any(_NORM.search(piece) for piece in pieces):
+    if any(NORM.search(piece) for piece in pieces):
         return "norm"
     if any(_EMBEDDING.search(piece) for piece in pieces):
         return "embedding"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,22 @@ from evomerge.errors import CheckpointError
 MANIFEST = "manifest.json"
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """Return the manifest of all files in a folder.
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What a file of a checkpoint is known by: its size in bytes and its SHA-256 in hex."""
 
-    Raises:
-        OSError: A file cannot be read.
-    """
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in folder.iterdir()}
-    return {"format": 1, "files": dict(sorted(files.items()))}
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes) -> FileRecord:
+        """The record of a file that holds `data`."""
+        return cls(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def manifest_of(files: Mapping[str, FileRecord]) -> dict[str, Any]:
+    """Return the manifest of a folder with these files."""
+    return {"format": 1, "files": {name: asdict(files[name]) for name in sorted(files)}}
 
 
 def verify_manifest(folder: Path) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from evomerge.checkpoints.folder import contained, listing, read_json, what
 from evomerge.checkpoints.hashes import cached_sha256
-from evomerge.checkpoints.header import CONVERT, DTYPES, DType, TensorInfo, parse_json, read_header
+from evomerge.checkpoints.header import CONVERT, DTYPES, DType, TensorInfo, read_header
+from evomerge.checkpoints.mapped import MappedFile, Stamp, stamp_of
 from evomerge.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
@@ -41,8 +43,6 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_MAX_JSON_BYTES = 256 * 2**20
-
 
 class Checkpoint:
     """One model's folder, opened for reading.
@@ -61,12 +61,14 @@ class Checkpoint:
         config: dict[str, Any],
         tensors: Mapping[str, TensorInfo],
         files: tuple[Path, ...],
+        stamps: Mapping[Path, Stamp] | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.tensors = MappingProxyType(dict(sorted(tensors.items())))
         self.files = files
-        self._handles: dict[Path, Any] = {}
+        self._stamps = dict(stamps or {})
+        self._maps: dict[Path, MappedFile] = {}
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -76,16 +78,17 @@ class Checkpoint:
             CheckpointError: Something about the folder cannot be used; the message names it.
         """
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: expected a model's folder, found {_what(folder)}")
+            raise CheckpointError(f"{folder}: expected a model's folder, found {what(folder)}")
         config = _read_config(folder)
         files = weight_files(folder)
-        headers = {name: read_header(contained(folder, name)) for name in files}
+        stamps = {folder / name: stamp_of(contained(folder, name).stat()) for name in files}
+        headers = {name: read_header(folder / name) for name in files}
         _check_index(folder, files, headers)
         tensors = {name: info for header in headers.values() for name, info in header.items()}
         if not tensors:
             raise CheckpointError(f"{folder}: the weight files hold no tensors")
         paths = tuple(folder / name for name in sorted(files))
-        return cls(folder=folder, config=config, tensors=tensors, files=paths)
+        return cls(folder=folder, config=config, tensors=tensors, files=paths, stamps=stamps)
 
     @property
     def nbytes(self) -> int:
@@ -100,20 +103,56 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no such tensor, or its file changed since it was opened.
         """
+        import torch
+
+        info, mapped = self._mapped(name)
+        dtype: torch.dtype = getattr(torch, DTYPES[info.dtype].torch_name)
+        if info.begin == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        itemsize = DTYPES[info.dtype].itemsize
+        if info.begin % itemsize == 0:
+            count = (info.end - info.begin) // itemsize
+            return torch.frombuffer(mapped.buffer, dtype=dtype, count=count, offset=info.begin).view(
+                info.shape
+            )
+        # Files whose header was not padded; a processor may not read numbers from odd addresses.
+        odd = torch.frombuffer(
+            mapped.buffer, dtype=torch.uint8, count=info.end - info.begin, offset=info.begin
+        )
+        return odd.clone().view(dtype).view(info.shape)
+
+    def prefetch(self, name: str, first: int = 0, count: int | None = None) -> None:
+        """Have the system read a tensor, or `count` elements from `first`, in the background.
+
+        Raises:
+            CheckpointError: As `tensor`.
+        """
+        info, mapped = self._mapped(name)
+        mapped.prefetch(*_range(info, first, count))
+
+    def release(self, name: str, first: int = 0, count: int | None = None) -> None:
+        """Give back the memory that a tensor, or `count` elements from `first`, takes in this process.
+
+        Views of it stay valid: what is touched again is read again.
+
+        Raises:
+            CheckpointError: As `tensor`.
+        """
+        info, mapped = self._mapped(name)
+        mapped.release(*_range(info, first, count))
+
+    def _mapped(self, name: str) -> tuple[TensorInfo, MappedFile]:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.folder}: no tensor named '{name}'{nearest(name, self.tensors)}")
-        import safetensors
-
         try:
-            if info.file not in self._handles:
-                self._handles[info.file] = safetensors.safe_open(str(info.file), framework="pt", device="cpu")
-            tensor: torch.Tensor = self._handles[info.file].get_tensor(name)
-        except (OSError, safetensors.SafetensorError) as error:
+            mapped = self._maps.get(info.file)
+            if mapped is None:
+                mapped = self._maps[info.file] = MappedFile(info.file, self._stamps.get(info.file))
+            mapped.check()
+        except OSError as error:
             raise CheckpointError(f"{info.file}: tensor '{name}' cannot be read: {error}") from error
-        if tuple(tensor.shape) != info.shape or tensor.dtype != _torch_dtype(info.dtype):
-            raise CheckpointError(f"{info.file}: tensor '{name}' changed since the checkpoint was opened")
-        return tensor
+        return info, mapped
 
     def content_hash(self) -> str:
         """Return the SHA-256, in hex, of the config and the weight files with their names.
@@ -163,59 +202,12 @@ def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
         raise CheckpointError(
             f"{folder}: {pickles[0]}: pickle weights are not loaded, as they can run code; {CONVERT}"
         )
-    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; {_listing(folder)}")
-
-
-def contained(folder: Path, name: str) -> Path:
-    """Return the file `name` of a model's folder, making sure that it does not lead out of the folder.
-
-    In the hub's cache a snapshot's files are links to `blobs` of the same model; those are accepted.
-
-    Raises:
-        CheckpointError: The name is a path, or the file is missing or a link to somewhere else.
-    """
-    if not name or name in {".", ".."} or any(sign in name for sign in "/\\\0"):
-        raise CheckpointError(f"{folder}: {name!r} must be the name of a file in this folder, not a path")
-    path = folder / name
-    try:
-        root, real = folder.resolve(strict=True), path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: {name} is missing; {_listing(folder)}") from error
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if real.parent not in allowed:
-        raise CheckpointError(
-            f"{path}: the link leads to {real}, outside the model's folder; copy the file instead"
-        )
-    if not real.is_file():
-        raise CheckpointError(f"{path}: expected a file, found {_what(real)}")
-    return path
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object from a file of a model's folder.
-
-    Raises:
-        CheckpointError: The file is missing, leads out of the folder, or holds something else.
-    """
-    path = contained(folder, name)
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(data) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than the {_MAX_JSON_BYTES} bytes allowed")
-    value = parse_json(data, path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; {listing(folder)}")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{folder}: no {CONFIG}, so this is not a model; {_listing(folder)}")
+        raise CheckpointError(f"{folder}: no {CONFIG}, so this is not a model; {listing(folder)}")
     config = read_json(folder, CONFIG)
     if config.get("auto_map"):
         raise CheckpointError(
@@ -238,7 +230,10 @@ def _read_index(folder: Path) -> dict[str, frozenset[str] | None]:
             )
         shards.setdefault(file, set()).add(tensor)
     for file in sorted(shards):
-        contained(folder, file)
+        try:
+            contained(folder, file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / INDEX}: tensor '{min(shards[file])}': {error}") from None
     return {file: frozenset(shards[file]) for file in sorted(shards)}
 
 
@@ -259,21 +254,8 @@ def _check_index(
             )
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    dtype: torch.dtype = getattr(torch, DTYPES[name].torch_name)
-    return dtype
-
-
-def _what(path: Path) -> str:
-    if not path.exists():
-        return "nothing"
-    return "a folder" if path.is_dir() else "a file" if path.is_file() else "something else"
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    if not names:
-        return "the folder is empty"
-    return f"the folder has {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+def _range(info: TensorInfo, first: int, count: int | None) -> tuple[int, int]:
+    """Where in its file elements of a tensor begin and end."""
+    itemsize = DTYPES[info.dtype].itemsize
+    begin = info.begin + first * itemsize
+    return begin, info.end if count is None else min(info.end, begin + count * itemsize)

@@ -6,6 +6,8 @@ position is meaningful only if a position means the same token in both.
 
 from __future__ import annotations
 
+import filecmp
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
         CheckpointError: One of these files is damaged or leads out of the folder.
     """
     if _has(folder, "tokenizer.json"):
-        tokens = _from_tokenizer_json(read_json(folder, "tokenizer.json"))
+        tokens = vocabulary_in(read_json(folder, "tokenizer.json"))
         if tokens is not None:
             return tokens
     if not _has(folder, "vocab.json"):
@@ -65,8 +67,13 @@ def same_vocabulary(a: Path, b: Path) -> bool | None:
     """Return whether two models give every token the same id; None if one states no vocabulary.
 
     Raises:
-        CheckpointError: A file of the tokenizer is damaged.
+        CheckpointError: A file of the tokenizer is damaged; not when both have the same file.
     """
+    if _has(a, "tokenizer.json") and _has(b, "tokenizer.json"):
+        # Most models have that of their base, and reading it takes longer than merging a layer.
+        one, other = contained(a, "tokenizer.json"), contained(b, "tokenizer.json")
+        if filecmp.cmp(one, other, shallow=False):
+            return True
     of_a, of_b = vocabulary(a), vocabulary(b)
     return None if of_a is None or of_b is None else of_a == of_b
 
@@ -92,11 +99,20 @@ def difference(a: Path, b: Path) -> str:
     return "; ".join(parts) if parts else f"both number the same {len(of_a)} tokens alike"
 
 
+def in_words(tokens: Iterable[str]) -> str:
+    """Such as `5 tokens ('a', 'b', 'c', ...)`."""
+    tokens = list(tokens)
+    shown = ", ".join(map(repr, tokens[:_NUM_EXAMPLES]))
+    more = ", ..." if len(tokens) > _NUM_EXAMPLES else ""
+    return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'} ({shown}{more})"
+
+
 def _has(folder: Path, name: str) -> bool:
     return (folder / name).exists()
 
 
-def _from_tokenizer_json(content: dict[str, Any]) -> dict[str, int] | None:
+def vocabulary_in(content: Mapping[str, Any]) -> dict[str, int] | None:
+    """Return token -> id by the content of a `tokenizer.json`; None if its form is not known."""
     model, added = content.get("model"), content.get("added_tokens") or []
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):

@@ -1,6 +1,6 @@
 """Writing a checkpoint so that a folder that looks complete is complete.
 
-    add ──► open shard ──(full)──► .name.staging-pid/ ──commit──► shards named ─► index ─► manifest ─► rename
+    stream ──► shards ──► .name.staging-pid/ ──commit──► shards named ─► index ─► manifest ─► rename
 
 Everything goes to a staging folder beside the target; only a finished one is renamed to it. Whatever stops
 the process in between leaves the target untouched, and the next writer removes the rest. The manifest
@@ -11,105 +11,113 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from evomerge.checkpoints.durable import fsync_file, fsync_folder, write_atomic, write_durable
-from evomerge.checkpoints.header import DTYPES
-from evomerge.checkpoints.manifest import MANIFEST, manifest_of, verify_manifest
-from evomerge.checkpoints.reader import INDEX, SINGLE
+from evomerge.checkpoints.durable import fsync_folder, write_atomic, write_durable
+from evomerge.checkpoints.manifest import MANIFEST, FileRecord, manifest_of, verify_manifest
+from evomerge.checkpoints.reader import INDEX
+from evomerge.checkpoints.shards import Shard, TensorSpec, index_of, plan_shards
+from evomerge.checkpoints.staging import StagingFolder
+from evomerge.checkpoints.stream import TensorStream
 from evomerge.errors import EvomergeError, RefusedError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MANIFEST", "CheckpointWriter", "fsync_folder", "verify_manifest", "write_atomic"]
+__all__ = [
+    "MANIFEST",
+    "CheckpointWriter",
+    "TensorSpec",
+    "fsync_folder",
+    "refuse_if_occupied",
+    "verify_manifest",
+    "write_atomic",
+]
+
+BUFFER_BYTES = 4 * 2**20
 
 
 class CheckpointWriter:
     """Writes one checkpoint; use as a context manager and call `commit` at the end.
 
-    Tensors are kept until their shard is full and must not be changed before that. Leaving the context
-    without `commit` removes everything written.
+    Leaving the context without `commit` removes everything written.
 
     Args:
         out_dir: The folder to make; it must not exist, or be empty.
-        shard_bytes: A shard is written before its tensors exceed this size; a larger tensor gets its own.
-        expected_bytes: Size of all tensors, to find out at the start whether the disk can hold them.
+        shard_bytes: A shard is closed before its tensors exceed this size; a larger tensor gets its own.
 
     Raises:
         RefusedError: On entering, if `out_dir` holds something or another writer is at work on it.
-        EvomergeError: On entering, if the disk has less space than `expected_bytes`.
     """
 
-    def __init__(
-        self, out_dir: Path, *, shard_bytes: int = 5 * 10**9, expected_bytes: int | None = None
-    ) -> None:
+    def __init__(self, out_dir: Path, *, shard_bytes: int = 5 * 10**9) -> None:
         self.out_dir = out_dir.resolve()
         self._shard_bytes = shard_bytes
-        self._expected_bytes = expected_bytes
-        self._staging = self.out_dir.parent / f".{self.out_dir.name}.staging-{os.getpid()}"
-        self._lock: int | None = None
-        self._open: dict[str, torch.Tensor] = {}
-        self._open_bytes = 0
-        self._total_bytes = 0
-        self._other_bytes = 0
-        self._shard_of: dict[str, int] = {}
-        self._num_shards = 0
+        self._staging: StagingFolder | None = None
+        self._added: dict[str, torch.Tensor] = {}
+        self._shards: tuple[Shard, ...] = ()
+        self._stream: TensorStream | None = None
+        self._records: dict[str, FileRecord] = {}
+        self._needed_bytes = 0
 
     def __enter__(self) -> CheckpointWriter:
-        self._refuse_if_occupied()
+        refuse_if_occupied(self.out_dir)
         self.out_dir.parent.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        free = shutil.disk_usage(self.out_dir.parent).free
-        if self._expected_bytes is not None and free < self._expected_bytes:
-            raise EvomergeError(
-                f"{self.out_dir}: the checkpoint needs {self._expected_bytes} bytes, the disk has "
-                f"{free} free; free some space or choose another folder"
-            )
-        self._staging.mkdir()
-        self._lock = _lock(self._staging, os.getpid())
-        if self._lock is None:
-            raise RefusedError(f"{self.out_dir}: another process starts to write to it; try again")
+        self._staging = StagingFolder(self.out_dir)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.clear()
-        if self._lock is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
+        self._added.clear()
+        if self._stream is not None:
+            self._stream.abort()
+        if self._staging is not None:
+            self._staging.remove()
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor. Two names may share memory; each is written in full.
+    @contextlib.contextmanager
+    def stream(
+        self, tensors: Sequence[TensorSpec], *, buffer_bytes: int = BUFFER_BYTES
+    ) -> Iterator[TensorStream]:
+        """Write all tensors of the checkpoint, piece by piece, in the order the stream states.
+
+        Their place on the disk is taken before the first is written. On leaving, they are on the disk.
 
         Raises:
-            ValueError: The name was added before, or the dtype does not exist in safetensors files.
-            EvomergeError: The disk is full.
+            ValueError: A tensor cannot be stored, tensors were written before, or bytes are missing.
+            EvomergeError: The disk is too small or full.
         """
-        if not name or name == "__metadata__" or name in self._shard_of:
-            raise ValueError(f"the name of a tensor must be new and not empty, found {name!r}")
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in {known.torch_name for known in DTYPES.values()}:
-            raise ValueError(f"tensor '{name}': safetensors files have no {dtype}")
-        tensor = tensor.detach().to("cpu").contiguous()
-        if self._open and self._open_bytes + tensor.nbytes > self._shard_bytes:
-            self._flush()
-        if any(_overlap(tensor, other) for other in self._open.values()):
-            # safetensors refuses tensors that share memory within a file.
-            tensor = tensor.clone()
-        self._shard_of[name] = self._num_shards
-        self._open[name] = tensor
-        self._open_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+        if self._shards or self._added:
+            raise ValueError("the tensors of a checkpoint are written once")
+        self._shards = plan_shards(tensors, self._shard_bytes)
+        needed, free = sum(shard.nbytes for shard in self._shards), self._free_bytes()
+        self._needed_bytes += needed
+        if free < needed:
+            raise EvomergeError(
+                f"{self.out_dir}: the checkpoint needs {needed} bytes, the disk has {free} free; "
+                "free some space or choose another folder"
+            )
+        # Not yet *.safetensors: an unfinished folder must not open as a checkpoint.
+        paths = [self._folder / f"{shard.filename}.partial" for shard in self._shards]
+        with self._disk_full():
+            self._stream = TensorStream(paths, self._shards, buffer_bytes=buffer_bytes)
+            yield self._stream
+            records = self._stream.finish()
+        self._records |= {shard.filename: record for shard, record in zip(self._shards, records, strict=True)}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a whole tensor, for checkpoints that fit into memory; it is held, and written by `commit`.
+
+        Two names may share memory; each is written in full.
+        """
+        if self._shards or name in self._added:
+            raise ValueError(f"the name of a tensor must be new, and added before `commit`, found {name!r}")
+        self._added[name] = tensor
 
     def add_text(self, filename: str, text: str) -> None:
         """Add a UTF-8 text file.
@@ -118,112 +126,82 @@ class CheckpointWriter:
             ValueError: The name is not that of a new file in the folder.
             EvomergeError: The disk is full.
         """
-        path, data = self._new_file(filename), text.encode("utf-8")
-        self._other_bytes += len(data)
-        with self._disk_full():
-            write_durable(path, data)
+        self._check_name(filename)
+        self._add_bytes(filename, text.encode("utf-8"))
 
     def add_json(self, filename: str, obj: Any) -> None:
         """Add a JSON file; see `add_text`."""
         self.add_text(filename, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
     def copy(self, src: Path, filename: str | None = None) -> None:
-        """Add a copy of a file, under its own name unless told otherwise; see `add_text`."""
-        path = self._new_file(src.name if filename is None else filename)
-        self._other_bytes += src.stat().st_size
-        with self._disk_full():
-            shutil.copyfile(src, path)
-            fsync_file(path)
+        """Add a copy of a small file, under its own name unless told otherwise; see `add_text`."""
+        filename = src.name if filename is None else filename
+        self._check_name(filename)
+        self._add_bytes(filename, src.read_bytes())
 
     def commit(self) -> None:
         """Finish the checkpoint and give it its name.
 
         Raises:
-            ValueError: No tensor was added.
+            ValueError: No tensor was written.
             RefusedError: The target came to hold something in the meantime.
             EvomergeError: The disk is full.
         """
-        assert self._lock is not None, "commit is called once, inside the context"
-        if not self._shard_of:
-            raise ValueError("a checkpoint needs at least one tensor")
+        assert self._staging is not None, "commit is called inside the context"
+        if not self._shards:
+            self._write_added()
+        folder = self._folder
         with self._disk_full():
-            self._flush()
-            self._name_shards()
-            write_durable(self._staging / MANIFEST, _json_bytes(manifest_of(self._staging)))
-            fsync_folder(self._staging)
+            for shard in self._shards:
+                (folder / f"{shard.filename}.partial").rename(folder / shard.filename)
+            if len(self._shards) > 1:
+                self._write(INDEX, _json_bytes(index_of(self._shards)))
+            write_durable(folder / MANIFEST, _json_bytes(manifest_of(self._records)))
+            fsync_folder(folder)
             try:
-                self._staging.rename(self.out_dir)
+                folder.rename(self.out_dir)
             except OSError as error:
                 if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
-                    self._refuse_if_occupied()
+                    refuse_if_occupied(self.out_dir)
                 raise
             fsync_folder(self.out_dir.parent)
-        os.close(self._lock)
-        self._lock = None
+        self._staging.unlock()
 
-    def _refuse_if_occupied(self) -> None:
-        out = self.out_dir
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            what = "is not empty" if out.is_dir() else "is a file"
-            raise RefusedError(f"{out}: the folder to write to {what}; choose another one or move it away")
+    @property
+    def _folder(self) -> Path:
+        assert self._staging is not None, "files are added inside the context"
+        return self._staging.path
 
-    def _remove_leftovers(self) -> None:
-        """Remove what dead writers of the same target left; refuse if one is alive."""
-        start = f".{self.out_dir.name}.staging-"
-        for path in sorted(self.out_dir.parent.iterdir()):
-            pid = path.name.removeprefix(start)
-            if not path.name.startswith(start) or not pid.isdecimal() or not path.is_dir():
-                continue
-            lock = _lock(path, int(pid))
-            if lock is None:
-                raise RefusedError(f"{self.out_dir}: process {pid} is writing to it (in {path}); wait for it")
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(lock)
+    def _write_added(self) -> None:
+        import torch
 
-    def _new_file(self, filename: str) -> Path:
-        assert self._lock is not None, "files are added inside the context, before commit"
+        specs = [
+            TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+            for name, tensor in self._added.items()
+        ]
+        added, self._added = self._added, {}
+        with self.stream(specs) as stream, torch.no_grad():
+            for spec in stream.tensors:
+                stream.write(added[spec.name])
+
+    def _check_name(self, filename: str) -> None:
         if not filename or filename in {".", ".."} or "/" in filename or "\0" in filename:
             raise ValueError(f"expected the name of a file, not a path, found {filename!r}")
-        path = self._staging / filename
-        if filename in {MANIFEST, INDEX} or path.suffix in {".safetensors", ".partial"} or path.exists():
+        taken = filename in {MANIFEST, INDEX} or filename in self._records
+        if taken or Path(filename).suffix in {".safetensors", ".partial"}:
             raise ValueError(f"the file {filename!r} is written by the writer itself, or was added before")
-        return path
 
-    def _partial(self, shard: int) -> Path:
-        # Not yet *.safetensors: an unfinished folder must not open as a checkpoint.
-        return self._staging / f"shard-{shard + 1:05d}.partial"
-
-    def _flush(self) -> None:
-        import safetensors
-        from safetensors.torch import save_file
-
-        path = self._partial(self._num_shards)
+    def _add_bytes(self, filename: str, data: bytes) -> None:
+        self._needed_bytes += len(data)
         with self._disk_full():
-            try:
-                save_file(self._open, str(path), metadata={"format": "pt"})
-            except safetensors.SafetensorError as error:
-                # The library turns the system's error into text.
-                if f"os error {errno.ENOSPC}" in str(error):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-                raise
-            fsync_file(path)
-        self._open = {}
-        self._open_bytes = 0
-        self._num_shards += 1
+            self._write(filename, data)
 
-    def _name_shards(self) -> None:
-        names = [
-            f"model-{shard + 1:05d}-of-{self._num_shards:05d}.safetensors"
-            for shard in range(self._num_shards)
-        ]
-        if self._num_shards == 1:
-            names = [SINGLE]
-        for shard, name in enumerate(names):
-            self._partial(shard).rename(self._staging / name)
-        if self._num_shards > 1:
-            weight_map = {name: names[shard] for name, shard in sorted(self._shard_of.items())}
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            write_durable(self._staging / INDEX, _json_bytes(index))
+    def _write(self, filename: str, data: bytes) -> None:
+        write_durable(self._folder / filename, data)
+        self._records[filename] = FileRecord.of(data)
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.out_dir.parent).free
 
     @contextlib.contextmanager
     def _disk_full(self) -> Iterator[None]:
@@ -232,51 +210,22 @@ class CheckpointWriter:
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise
-            needed = max(self._total_bytes, self._expected_bytes or 0) + self._other_bytes
-            free = shutil.disk_usage(self.out_dir.parent).free
             raise EvomergeError(
-                f"{self.out_dir}: the disk is full; the checkpoint needs at least {needed} bytes, "
-                f"{free} are free; nothing was left behind: free some space or choose another folder"
+                f"{self.out_dir}: the disk is full; the checkpoint needs at least {self._needed_bytes} bytes, "
+                f"{self._free_bytes()} are free; nothing was left behind: free some space or choose another "
+                "folder"
             ) from error
 
 
-def _lock(folder: Path, pid: int) -> int | None:
-    """Lock the staging folder of process `pid`, as long as the returned descriptor is open.
+def refuse_if_occupied(out: Path) -> None:
+    """Refuse a folder to write to that holds something.
 
-    Returns None if another holder is alive. The lock tells, and not the process number, as numbers are
-    used again, and differ between containers that share a disk.
+    Raises:
+        RefusedError: It is not empty, or a file.
     """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever cleans up may have removed the folder between the two calls.
-        if folder.stat().st_ino == os.fstat(descriptor).st_ino:
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        # Some cluster file systems have no locks: the process number must do.
-        if pid == os.getpid() or not _is_alive(pid):
-            return descriptor
-    os.close(descriptor)
-    return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise RefusedError(f"{out}: the folder to write to {what}; choose another one or move it away")
 
 
 def _json_bytes(obj: Any) -> bytes:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -17,49 +15,15 @@ from evomerge.checkpoints.architecture import (
     TensorRole,
     before_layers,
     classify,
+    is_constant,
     layer_name,
     num_layers,
+    stacks,
 )
-
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "intermediate_size": 32,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama": {"tie_word_embeddings": False},
-    "Mistral": {},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {"head_dim": 8},
-    "Gemma2": {"head_dim": 8},
-    "Gemma3Text": {"head_dim": 8},
-    "Phi3": {},
-    "Olmo2": {},
-    "StableLm": {"qk_layernorm": True},
-    "Cohere": {"use_qk_norm": True},
-    "GPTNeoX": {},
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen3Moe": {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 1},
-}
+from tests.architectures import MODELS, tiny
 
 
-def tiny(name: str) -> Any:
-    if name == "GPT2":
-        config = transformers.GPT2Config(
-            vocab_size=32, n_embd=16, n_layer=3, n_head=2, bos_token_id=1, eos_token_id=2
-        )
-        return transformers.GPT2LMHeadModel(config)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **MODELS[name])
-    return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
-
-
-@pytest.fixture(scope="module", params=[*MODELS, "GPT2"])
+@pytest.fixture(scope="module", params=MODELS)
 def roles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TensorRole]:
     """The roles of all tensors as saved, checked to be those of the tensors in memory."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -171,6 +135,7 @@ def test_a_tensor_of_a_layer_is_recognised(name: str, container: str, part: str)
         ("lm_head.weight", "head", False),
         ("embed_out.weight", "head", False),
         ("score.weight", "head", False),
+        ("output.weight", "head", False),
     ],
 )
 def test_a_tensor_outside_the_layers_is_recognised(name: str, part: str, before: bool) -> None:
@@ -224,3 +189,29 @@ def test_a_saved_index_is_classified_like_its_tensors(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="5KB")
     names = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert classify(names) == classify(model.state_dict())
+
+
+def test_a_stack_is_a_container_with_attention_or_an_mlp() -> None:
+    text = [f"model.layers.{n}.{part}.weight" for n in range(3) for part in ("mlp.up_proj", "norm")]
+    assert stacks([*text, "projector.0.weight", "projector.2.weight", "norms.0.norm.weight"]) == {
+        "model.layers": 3
+    }
+    tower = [f"vision.blocks.{n}.attn.qkv.weight" for n in range(2)]
+    assert stacks([*text, *tower]) == {"model.layers": 3, "vision.blocks": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("h.0.attn.bias", (1, 1, 8, 8), True),
+        ("gpt_neox.layers.1.attention.bias", (1, 1, 8, 8), True),
+        ("gpt_neox.layers.1.attention.masked_bias", (), True),
+        ("gpt_neox.layers.1.attention.rotary_emb.inv_freq", (4,), True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (4,), True),
+        ("model.layers.0.attention.bias", (8,), False),
+        ("h.0.attn.c_attn.bias", (8,), False),
+        ("model.layers.0.attention.dense.bias", (8,), False),
+    ],
+)
+def test_constants_are_told_from_weights(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert is_constant(name, shape) is expected

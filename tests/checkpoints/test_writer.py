@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import evomerge
 from evomerge.checkpoints.header import DTYPES
 from evomerge.checkpoints.reader import Checkpoint
+from evomerge.checkpoints.shards import TensorSpec
 from evomerge.checkpoints.writer import CheckpointWriter, verify_manifest
 from evomerge.errors import CheckpointError, EvomergeError, RefusedError
 
@@ -33,6 +34,12 @@ def write(out: Path, state: dict[str, torch.Tensor], **options: int) -> Path:
             writer.add(name, tensor)
         writer.commit()
     return out
+
+
+def stream_ones(writer: CheckpointWriter, *names: str) -> None:
+    with writer.stream([TensorSpec(name=name, dtype="float32", shape=(1,)) for name in names]) as stream:
+        for _ in stream.tensors:
+            stream.write(torch.ones(1))
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,14 +112,11 @@ def test_two_names_may_share_memory(tmp_path: Path) -> None:
     assert_same(read(write(tmp_path / "out", state)), state)
 
 
-def test_tensors_of_an_opened_checkpoint_are_written_without_copying_them(tmp_path: Path) -> None:
+def test_tensors_of_an_opened_checkpoint_are_written_again_to_the_same_bytes(tmp_path: Path) -> None:
     source = Checkpoint.open(write(tmp_path / "a", tensors(4)))
     with CheckpointWriter(tmp_path / "b") as writer:
         for name in source.tensors:
             writer.add(name, source.tensor(name))
-        assert {t.data_ptr() for t in writer._open.values()} == {
-            source.tensor(n).data_ptr() for n in source.tensors
-        }
         writer.add_json("config.json", source.config)
         writer.commit()
     assert Checkpoint.open(tmp_path / "b").content_hash() == source.content_hash()
@@ -180,14 +184,23 @@ def test_a_file_name_that_would_escape_or_clash_is_refused(name: str, tmp_path: 
             writer.copy(tmp_path, name)
 
 
-def test_a_tensor_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out") as writer:
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("w", torch.ones(1), "must be new"),
+        ("", torch.ones(1), "must be new and not empty"),
+        ("__metadata__", torch.ones(1), "must be new and not empty"),
+        ("c", torch.ones(1, dtype=torch.complex128), "tensor 'c': safetensors files have no complex128"),
+    ],
+)
+def test_a_tensor_that_cannot_be_written_is_refused(
+    name: str, tensor: torch.Tensor, reason: str, tmp_path: Path
+) -> None:
+    with CheckpointWriter(tmp_path / "out") as writer, pytest.raises(ValueError, match=reason):  # noqa: PT012
         writer.add("w", torch.ones(1))
-        for name in ("w", "", "__metadata__"):
-            with pytest.raises(ValueError, match="must be new and not empty"):
-                writer.add(name, torch.ones(1))
-        with pytest.raises(ValueError, match="tensor 'c': safetensors files have no complex128"):
-            writer.add("c", torch.ones(1, dtype=torch.complex128))
+        writer.add(name, tensor)
+        writer.commit()
+    assert names(tmp_path) == []
 
 
 def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
@@ -201,8 +214,7 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
 
 def test_without_commit_nothing_is_left(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", shard_bytes=1) as writer:
-        writer.add("a", torch.ones(1))
-        writer.add("b", torch.ones(1))
+        stream_ones(writer, "a", "b")
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == []
 
@@ -210,8 +222,7 @@ def test_without_commit_nothing_is_left(tmp_path: Path) -> None:
 def test_an_exception_leaves_nothing_and_passes_through(tmp_path: Path) -> None:
     def interrupted() -> None:
         with CheckpointWriter(tmp_path / "out", shard_bytes=1) as writer:
-            writer.add("a", torch.ones(1))
-            writer.add("b", torch.ones(1))
+            stream_ones(writer, "a", "b")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -235,7 +246,8 @@ def counting(function):
     return call
 
 # Every step that changes what is on the disk is a place to die.
-os.fsync, os.mkdir, Path.rename = counting(os.fsync), counting(os.mkdir), counting(Path.rename)
+os.fsync, os.mkdir, os.write = counting(os.fsync), counting(os.mkdir), counting(os.write)
+Path.rename = counting(Path.rename)
 for left in itertools.count():
     child = os.fork()
     if child == 0:
@@ -262,7 +274,7 @@ def test_kill_9_at_any_step_leaves_no_folder_that_looks_complete(tmp_path: Path)
     *deaths, last = map(int, done.stdout.split())
     assert last == 0, done.stderr
     assert deaths == [-signal.SIGKILL] * len(deaths)
-    assert len(deaths) >= 10
+    assert len(deaths) >= 16
     for step in range(len(deaths) - 1):
         out = tmp_path / str(step) / "out"
         assert not out.exists()
@@ -278,9 +290,9 @@ def test_kill_9_at_any_step_leaves_no_folder_that_looks_complete(tmp_path: Path)
 def test_an_unfinished_folder_does_not_open_as_a_checkpoint(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path / "out", shard_bytes=1) as writer:
         writer.add_json("config.json", CONFIG)
-        writer.add("a", torch.ones(1))
-        writer.add("b", torch.ones(1))
+        stream_ones(writer, "a", "b")
         (staging,) = tmp_path.iterdir()
+        assert len(list(staging.iterdir())) == 3
         with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
             Checkpoint.open(staging)
         with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
@@ -389,8 +401,8 @@ def test_everything_is_durable_before_the_name_and_the_manifest_last(
     staging = f".out.staging-{os.getpid()}"
     assert synced == [
         f"{staging}/config.json",
-        f"{staging}/shard-00001.partial",
-        f"{staging}/shard-00002.partial",
+        f"{staging}/model-00001-of-00002.safetensors.partial",
+        f"{staging}/model-00002-of-00002.safetensors.partial",
         f"{staging}/model.safetensors.index.json",
         f"{staging}/manifest.json",
         staging,
@@ -399,11 +411,15 @@ def test_everything_is_durable_before_the_name_and_the_manifest_last(
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path) -> None:
-    needed = 2**60
-    with pytest.raises(EvomergeError, match=f"needs {needed} bytes, the disk has"):
-        write(tmp_path / "out", tensors(), expected_bytes=needed)
+    huge = TensorSpec(name="w", dtype="float32", shape=(2**30, 2**28))
+    with (
+        pytest.raises(EvomergeError) as caught,
+        CheckpointWriter(tmp_path / "out") as writer,
+        writer.stream([huge]),
+    ):
+        pytest.fail("nothing can be written")
+    assert "needs 1152921504606847" in str(caught.value)
     assert names(tmp_path) == []
-    write(tmp_path / "out", tensors(), expected_bytes=100)
 
 
 @pytest.fixture
@@ -435,9 +451,11 @@ def in_small_disk(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Complet
 @pytest.mark.parametrize(
     ("action", "needed"),
     [
-        ("[out.add(str(n), torch.ones(100_000)) for n in range(9)]; out.commit()", 1_200_000),
-        ("out.add('w', torch.ones(1)); out.add_text('README.md', 'x' * 2**21)", 4 + 2**21),
-        ("out.add('w', torch.ones(1)); out.copy(Path(sys.argv[1]).parent / 'big')", 4 + 2**21),
+        ("grabbed(out)", 800_208),
+        ("out.add_text('README.md', 'x' * 2**21)", 2**21),
+        ("out.copy(Path(sys.argv[1]).parent / 'big')", 2**21),
+        # The file system has room as the shards are begun; another process fills it meanwhile.
+        ("late(out)", 800_208),
     ],
 )
 def test_a_full_disk_is_reported_and_leaves_nothing(
@@ -448,7 +466,33 @@ import sys
 from pathlib import Path
 import torch
 from evomerge.checkpoints.writer import CheckpointWriter
+from evomerge.checkpoints import durable
+from evomerge.checkpoints.shards import TensorSpec
 from evomerge.errors import EvomergeError
+
+def grabbed(out):
+    out._free_bytes = lambda: 10**9
+    Path(sys.argv[1]).joinpath("out").mkdir()
+    hog = Path(sys.argv[1]) / ".hog"
+    hog.write_bytes(bytes(600_000))
+    try:
+        with out.stream([TensorSpec(name=n, dtype="float32", shape=(100_000,)) for n in "ab"]):
+            print("the place was not taken at the start")
+    finally:
+        hog.unlink()
+        Path(sys.argv[1]).joinpath("out").rmdir()
+
+def late(out):
+    durable._FALLOCATE = None
+    specs = [TensorSpec(name=n, dtype="float32", shape=(100_000,)) for n in "ab"]
+    with out.stream(specs, buffer_bytes=4096) as stream:
+        hog = Path(sys.argv[1]) / ".hog"
+        hog.write_bytes(bytes(600_000))
+        try:
+            for spec in stream.tensors:
+                stream.write(torch.ones(spec.shape))
+        finally:
+            hog.unlink()
 
 try:
     with CheckpointWriter(Path(sys.argv[1]) / "out", shard_bytes=400_000) as out:
