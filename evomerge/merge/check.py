@@ -132,14 +132,28 @@ def _input_faults(recipe: Recipe, method: Method, merge: _Merge) -> Iterator[Fau
     if method.base is BasePolicy.REQUIRED and merge.base is None:
         reason = f"missing; {method.name} needs a base model, the one its sources were fine-tuned from"
         yield recipe.fault(("base_model",), reason)
-    elif method.base is BasePolicy.REQUIRED and merge.base not in names:
-        reason = f"{method.name} needs the base model {merge.base!r} among the sources of every slice"
+        return
+    base = None if method.base is BasePolicy.IGNORED else merge.base
+    if base is not None and base not in names:
+        reason = f"{method.name} needs the base model {base!r} among the sources of every slice"
         yield recipe.fault(merge.place, reason)
-    fewest, most = method.min_models, method.max_models
-    if len(names) < fewest or (most is not None and len(names) > most):
-        limit = f"at least {fewest}" if len(names) < fewest else f"at most {most}"
-        reason = f"{method.name} takes {limit} models, the base counted; got {', '.join(names)}"
-        yield recipe.fault(merge.place, reason)
+        return
+    others = [name for name in names if name != base]
+    expected = _expected_number(method, len(others))
+    if expected:
+        besides = f" besides the base {base!r}" if base is not None else ""
+        found = ", ".join(others) or "none"
+        yield recipe.fault(merge.place, f"{method.name} takes {expected}{besides}; got {found}")
+
+
+def _expected_number(method: Method, count: int) -> str:
+    """How many models a method takes, in words, when `count` is not one of these; else empty."""
+    fewest, most = method.min_others, method.max_others
+    if count >= fewest and (most is None or count <= most):
+        return ""
+    limit = "exactly" if fewest == most else "at least" if count < fewest else "at most"
+    number = fewest if count < fewest else most
+    return f"{limit} {number} model{'' if number == 1 else 's'}"
 
 
 def _missing_parameters(recipe: Recipe, method: Method, merge: _Merge) -> Iterator[Fault]:

@@ -4,21 +4,26 @@ The same recipe gives the same bits on every worker, device and machine, in any 
 export. Every candidate sees the same uniform numbers, so its masks are nested in the keep probability and
 fitness does not jump with the seed.
 
-The hash. The text `seed "\n" tensor name "\n" source position` is digested by BLAKE2b to 8 bytes, read as two
-little-endian uint32 keys k0, k1. Element e = 2^32 e1 + e0 is mixed in 32-bit arithmetic:
+The hash. The text `seed "\n" tensor name` is digested by BLAKE2b to 4 bytes, read as the little-endian
+uint32 key k0; with `"\n" source position` appended it gives k1. Element e = 2^32 e1 + e0 is mixed in 32-bit
+arithmetic:
 
     x = e0 ^ k0 ^ (e1 * 0x9E3779B9)
-    x = (x ^ (x >> 16)) * 0x7FEB352D + k1
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    h = x ^ (x >> 16)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ (x >> 15)                       up to here the same for all sources
+    x = (x ^ k1) * 0x846CA68B
+    h = (x ^ (x >> 16)) * 0x9E3779B1
 
-(the multipliers and shifts are those of Chris Wellons' `lowbias32`, https://nullprogram.com/blog/2018/07/31/).
+(the first multipliers and shifts are those of Chris Wellons' `lowbias32`,
+https://nullprogram.com/blog/2018/07/31/). The first half is shared by all sources, so that a kernel that merges
+several computes it once.
 The uniform number is h / 2^32; an element is kept with probability p iff h < round(p 2^32).
 Test vectors stand in `docs/counter_hash.md` and in the tests.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -29,9 +34,14 @@ _MASK = 0xFFFFFFFF
 
 
 def keys(seed: int, tensor_name: str, source: int) -> tuple[int, int]:
-    """The two 32-bit keys of one tensor of one source."""
-    digest = hashlib.blake2b(f"{seed}\n{tensor_name}\n{source}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    """The two 32-bit keys of one tensor of one source; the first is the tensor's, for every source."""
+    tensor = f"{seed}\n{tensor_name}"
+    return _key(tensor), _key(f"{tensor}\n{source}")
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 def threshold(probability: float) -> int:
@@ -42,9 +52,9 @@ def threshold(probability: float) -> int:
 def hash_element(element: int, k0: int, k1: int) -> int:
     """The hash of one element, an int in [0, 2^32); the definition the tensor version is tested against."""
     x = (element & _MASK) ^ k0 ^ ((element >> 32) * 0x9E3779B9 & _MASK)
-    x = ((x ^ (x >> 16)) * 0x7FEB352D + k1) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15) ^ k1) * 0x846CA68B) & _MASK
+    return ((x ^ (x >> 16)) * 0x9E3779B1) & _MASK
 
 
 def hash_elements(elements: Tensor, k0: int, k1: int) -> Tensor:
@@ -57,9 +67,9 @@ def hash_elements(elements: Tensor, k0: int, k1: int) -> Tensor:
     """
     # int64 products wrap modulo 2^64, which keeps their low 32 bits right.
     x = (elements >> 32).mul_(0x9E3779B9).bitwise_xor_(elements).bitwise_xor_(k0).bitwise_and_(_MASK)
-    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).add_(k1).bitwise_and_(_MASK)
-    x.bitwise_xor_(x >> 15).mul_(0x846CA68B).bitwise_and_(_MASK)
-    return x.bitwise_xor_(x >> 16)
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 15).bitwise_xor_(k1).mul_(0x846CA68B).bitwise_and_(_MASK)
+    return x.bitwise_xor_(x >> 16).mul_(0x9E3779B1).bitwise_and_(_MASK)
 
 
 def keep_mask(

@@ -1,35 +1,167 @@
-"""Carries out one tensor plan with the reference formulas: float32 in, one rounding at the end."""
+"""Carries out one tensor plan: scalar work first, then one pass over the elements.
+
+    plan + bank ── prepare_tensor ──► PreparedTensor ── write(run of elements) ──► out
+                   statistics, coefficients             kernel, or the formula in torch
+
+Everything is computed in float32 and rounded once, to the plan's type.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from evomerge.errors import CheckpointError, Fault
+from evomerge.merge.bank import Bank, TensorSource
 from evomerge.merge.methods import MergeInputs
+from evomerge.merge.methods.base import CombinationInputs, TaskVectorInputs
+from evomerge.merge.methods.task_vectors import Ranked, TaskVectorSum
 from evomerge.merge.plan import TensorPlan
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from evomerge.merge.kernels.reference import Elements, Operation
+
 PIECE = 1 << 16
-"""Elements that an elementwise method is given at once: its temporaries stay in the processor's cache."""
+"""Elements that an elementwise formula is given at once: its temporaries stay in the processor's cache."""
+
+__all__ = [
+    "PIECE",
+    "Bank",
+    "PreparedTensor",
+    "TensorSource",
+    "is_finite",
+    "merge_tensor",
+    "prepare_tensor",
+    "why_not_finite",
+]
 
 
-class TensorSource(Protocol):
-    """Anything that hands out a model's tensors by name, such as a `Checkpoint`."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedTensor:
+    """An output tensor that can be computed.
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor of that name, to be treated as read-only."""
-        ...
+    Attributes:
+        plan: What to do.
+        tensors: Its inputs, flat, in the types they are stored in.
+        operation: What a kernel carries out, or None for a formula in torch and for copies.
+        ranks: Position of an input -> ranks of its elements, where the operation asks for them.
+    """
+
+    plan: TensorPlan
+    tensors: Sequence[Tensor]
+    operation: Operation | None
+    ranks: Mapping[int, Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.plan.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the result."""
+        import torch
+
+        return self.tensors[0].dtype if self.plan.dtype is None else getattr(torch, self.plan.dtype)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether runs of elements may be computed one by one; else only the whole."""
+        return self.plan.dtype is None or self.operation is not None or self.plan.method.elementwise
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory needed beside the inputs and the output, at most."""
+        if self.plan.dtype is None:
+            return 0
+        count = min(PIECE, self.numel) if self.divisible else self.numel
+        ranks = sum(ranks.nbytes for ranks in self.ranks.values())
+        return 4 * count * (3 * len(self.tensors) + 4) + ranks
+
+    def write(self, out: Tensor, first: int = 0) -> bool:
+        """Compute the elements first <= e < first + out.numel().
+
+        Args:
+            out: Flat and contiguous, of the result's type; written.
+            first: Position of the first element.
+
+        Returns:
+            Whether all of them are finite.
+        """
+        end = first + out.numel()
+        if self.plan.dtype is None:
+            out.copy_(_copied(self.plan, [tensor[first:end] for tensor in self.tensors]))
+            return is_finite(out)
+        if self.operation is None:
+            return self._write_formula(out, first)
+        return _kernel(out)(self.operation, self._elements().part(first, end), out)
+
+    def _elements(self) -> Elements:
+        from evomerge.merge.kernels.reference import Elements
+
+        return Elements(
+            name=self.plan.name,
+            seed=self.plan.seed,
+            shape=self.plan.shape,
+            first=0,
+            tensors=self.tensors,
+            base=self.plan.base,
+            ranks=self.ranks,
+        )
+
+    def _write_formula(self, out: Tensor, first: int) -> bool:
+        if not self.plan.method.elementwise:
+            assert first == 0, "only the whole tensor can be computed"
+            assert out.numel() == self.numel, "only the whole tensor can be computed"
+            whole = [tensor.view(self.plan.shape) for tensor in self.tensors]
+            out.copy_(self._merged(whole, first=0).view(-1))
+        else:
+            for start in range(0, out.numel(), PIECE):
+                end = min(start + PIECE, out.numel())
+                piece = [tensor[first + start : first + end] for tensor in self.tensors]
+                out[start:end] = self._merged(piece, first=first + start)
+        return is_finite(out)
+
+    def _merged(self, tensors: Sequence[Tensor], *, first: int) -> Tensor:
+        inputs = MergeInputs(
+            name=self.plan.name,
+            tensors=[tensor.float() for tensor in tensors],
+            base=self.plan.base,
+            shared=self.plan.shared,
+            values=self.plan.values,
+            seed=self.plan.seed,
+            first=first,
+        )
+        return self.plan.method.formula(inputs)
 
 
-def merge_tensor(plan: TensorPlan, sources: Mapping[str, TensorSource]) -> Tensor:
+def prepare_tensor(plan: TensorPlan, bank: Bank) -> PreparedTensor:
+    """Do the scalar work of one tensor; statistics it needs and that are not known yet read the inputs once.
+
+    Args:
+        plan: What to do.
+        bank: The sources.
+    """
+    tensors = [bank.tensor(key).reshape(-1) for key in plan.inputs]
+    operation = _operation(plan, bank) if plan.dtype is not None else None
+    ranks = {}
+    if isinstance(operation, TaskVectorSum):
+        ranked = [term.source for term in operation.terms if isinstance(term.keep, Ranked)]
+        ranks = {source: bank.ranks(plan.inputs[source], plan.inputs[plan.base or 0]) for source in ranked}
+    return PreparedTensor(plan=plan, tensors=tensors, operation=operation, ranks=ranks)
+
+
+def merge_tensor(plan: TensorPlan, sources: Bank | Mapping[str, TensorSource]) -> Tensor:
     """Merge one tensor.
 
     Args:
         plan: What to do.
-        sources: Model as the recipe names it -> its tensors.
+        sources: The bank, or model as the recipe names it -> its tensors.
 
     Returns:
         A new tensor of the plan's shape and type.
@@ -39,30 +171,11 @@ def merge_tensor(plan: TensorPlan, sources: Mapping[str, TensorSource]) -> Tenso
     """
     import torch
 
-    tensors = [sources[model].tensor(name) for model, name in plan.inputs]
-    if plan.dtype is None:
-        return _copy(plan, tensors)
-    merged = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype))
-    if not plan.method.elementwise:
-        return merged.copy_(_merge_piece(plan, tensors, first=0))
-    out, flat = merged.view(-1), [tensor.reshape(-1) for tensor in tensors]
-    for first in range(0, out.numel(), PIECE):
-        piece = [tensor[first : first + PIECE] for tensor in flat]
-        out[first : first + PIECE] = _merge_piece(plan, piece, first=first)
+    bank = sources if isinstance(sources, Bank) else Bank(sources)
+    prepared = prepare_tensor(plan, bank)
+    merged = torch.empty(plan.shape, dtype=prepared.dtype, device=bank.device)
+    prepared.write(merged.view(-1))
     return merged
-
-
-def _merge_piece(plan: TensorPlan, tensors: Sequence[Tensor], *, first: int) -> Tensor:
-    inputs = MergeInputs(
-        name=plan.name,
-        tensors=[tensor.float() for tensor in tensors],
-        base=plan.base,
-        shared=plan.shared,
-        values=plan.values,
-        seed=plan.seed,
-        first=first,
-    )
-    return plan.method.formula(inputs)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -71,7 +184,60 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or tensor.itemsize == 1 or bool(tensor.isfinite().all())
 
 
-def _copy(plan: TensorPlan, tensors: list[Tensor]) -> Tensor:
+def why_not_finite(prepared: PreparedTensor) -> str:
+    """Why a merged tensor holds NaN or infinity: one of its sources does, or the merge overflowed."""
+    for (model, name), tensor in zip(prepared.plan.inputs, prepared.tensors, strict=True):
+        for first in range(0, tensor.numel(), PIECE):
+            if not is_finite(tensor[first : first + PIECE]):
+                return (
+                    f"the merged tensor holds NaN or infinity, as {name} of {model} does; use an undamaged copy "
+                    "of the model, or leave it out"
+                )
+    return (
+        "the merged tensor holds NaN or infinity though the sources do not: its values are too large for "
+        f"{prepared.plan.dtype}, or its parameters are extreme"
+    )
+
+
+def _operation(plan: TensorPlan, bank: Bank) -> Operation | None:
+    method, keys = plan.method, plan.inputs
+    if method.combination is not None:
+        return method.combination(
+            CombinationInputs(
+                name=plan.name,
+                base=plan.base,
+                num_inputs=len(keys),
+                shared=plan.shared,
+                values=plan.values,
+                gram=lambda kind, axis: bank.gram(keys, plan.base, kind, axis),
+            )
+        )
+    if method.task_vectors is not None:
+        assert plan.base is not None
+        base = keys[plan.base]
+        return method.task_vectors(
+            TaskVectorInputs(
+                name=plan.name,
+                shape=plan.shape,
+                others=[index for index in range(len(keys)) if index != plan.base],
+                shared=plan.shared,
+                values=plan.values,
+                histogram=lambda source: bank.histogram(keys[source], base),
+            )
+        )
+    return None
+
+
+def _kernel(out: Tensor) -> Callable[[Operation, Elements, Tensor], bool]:
+    """What carries out an operation on the device of `out`."""
+    from evomerge.merge.kernels import cpu, gpu, reference
+
+    if out.device.type == "cpu":
+        return cpu.run
+    return gpu.run if out.device.type == "cuda" and gpu.usable() else reference.run
+
+
+def _copied(plan: TensorPlan, tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     for (model, name), tensor in zip(plan.inputs, tensors, strict=True):
         if tensor.dtype != first.dtype or not _same_bits(tensor, first):
@@ -79,7 +245,7 @@ def _copy(plan: TensorPlan, tensors: list[Tensor]) -> Tensor:
                 f"{name} is of type {tensor.dtype} and differs between the models; only equal ones are copied"
             )
             raise CheckpointError(Fault(path=model, reason=reason))
-    return first.clone()
+    return first
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evomerge.checkpoints.architecture import TensorRole, before_layers, classify, layer_name
+from evomerge.checkpoints.architecture import TensorRole, before_layers, layer_name
+from evomerge.checkpoints.decoder import text_config
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError, ConfigurationError, Fault
+from evomerge.merge.layout import Layout, layout_of
 from evomerge.merge.methods import METHODS, Method, Parameter, Scope
-from evomerge.recipe import InputModel, InputSlice, Module, OutputSlice, Parameters, Recipe, evaluate
+from evomerge.recipe import InputModel, InputSlice, Module, OutputSlice, Parameters, Recipe, coerce, evaluate
 
 MAX_FAULTS = 20
 """Models of different architectures disagree in every tensor; the first faults tell enough."""
@@ -101,46 +103,19 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
     return MergePlan(tensors=tensors, layers=tuple(planner.layers()), donor=planner.donor)
 
 
-def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
-    """Output head -> embedding, for heads that a checkpoint stores although its config ties them.
-
-    Such a head is a copy of the embedding; it is not merged, but tied again when the model is loaded.
-    """
-    if checkpoint.config.get("tie_word_embeddings") is not True:
-        return {}
-    roles = classify(checkpoint.tensors).values()
-    shapes = {
-        checkpoint.tensors[role.name].shape: role.name
-        for role in roles
-        if role.part == "embedding" and role.layer is None
-    }
-    return {
-        role.name: shapes[checkpoint.tensors[role.name].shape]
-        for role in roles
-        if role.part == "head"
-        and role.name.endswith(".weight")
-        and checkpoint.tensors[role.name].shape in shapes
-    }
-
-
 class _Planner:
     def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
         self.recipe = recipe
         self.checkpoints = checkpoints
         self.method = METHODS[recipe.merge_method]
         self.faults: list[Fault] = []
-        # Model -> layer, or None outside the layers -> template -> role.
-        self.roles: dict[str, dict[int | None, dict[str, TensorRole]]] = {}
+        self.layouts: dict[str, Layout] = {}
         for name in recipe.model_names:
             try:
-                roles = classify(checkpoints[name].tensors)
+                self.layouts[name] = layout_of(checkpoints[name])
             except ValueError as error:
                 raise CheckpointError(Fault(path=name, reason=str(error))) from None
-            by_layer = self.roles.setdefault(name, {})
-            for role in roles.values():
-                by_layer.setdefault(role.layer, {})[role.template] = role
-            for head in tied_heads(checkpoints[name]):
-                del by_layer[None][head]
+        self.known: dict[tuple[str, int, int], tuple[bool, bool | int | float | None]] = {}
         self.module, self.pieces = self.output_slices()
         self.donor = recipe.base_model or self.pieces[0].sources[0].model
 
@@ -167,7 +142,7 @@ class _Planner:
         return module, [OutputSlice(sources=sources)]
 
     def depth_of(self, model: str) -> int:
-        return sum(layer is not None for layer in self.roles[model])
+        return sum(layer is not None for layer in self.layouts[model])
 
     def layers(self) -> Iterator[tuple[str, int]]:
         for piece in self.pieces:
@@ -215,7 +190,7 @@ class _Planner:
         )
 
     def roles_at(self, place: _Place, index: int) -> Mapping[str, TensorRole]:
-        return self.roles[place.piece.sources[index].model].get(place.layers[index], {})
+        return self.layouts[place.piece.sources[index].model].get(place.layers[index], {})
 
     def at(self, place: _Place, roles: Sequence[Mapping[str, TensorRole]]) -> Iterator[TensorPlan]:
         """Plan the tensors of one place; every source must have the same ones there."""
@@ -233,7 +208,7 @@ class _Planner:
 
     def missing(self, template: str, *, lacks: str, has: str) -> None:
         reason = f"missing, but {has} has it; sources must share one architecture"
-        if self.checkpoints[lacks].config.get("tie_word_embeddings") and "{}" not in template:
+        if text_config(self.checkpoints[lacks].config).get("tie_word_embeddings") and "{}" not in template:
             reason += " (this model ties its output head to its embedding)"
         fault = Fault(path=f"{lacks}: {template}", reason=reason)
         if fault not in self.faults:
@@ -242,8 +217,7 @@ class _Planner:
     def tensor(self, place: _Place, template: str) -> TensorPlan | None:
         sources = place.piece.sources
         inputs = tuple(
-            (source.model, template if layer is None else layer_name(template, layer))
-            for source, layer in zip(sources, place.layers, strict=True)
+            (source.model, self.roles_at(place, index)[template].name) for index, source in enumerate(sources)
         )
         name = template if place.out_layer is None else layer_name(template, place.out_layer)
         infos = [self.checkpoints[model].tensors[tensor] for model, tensor in inputs]
@@ -290,11 +264,21 @@ class _Planner:
             place.module.parameters if place.module is not None else None,
             self.recipe.parameters,
         ]
+        fixed, value = self.fixed(parameter, place, source, levels)
+        if fixed:
+            return value
         for level in levels:
             if level and parameter.name in level:
-                value = evaluate(
-                    level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
-                )
+                try:
+                    value = evaluate(
+                        level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
+                    )
+                except ValueError as error:
+                    # Between two whole numbers a gradient of counts may be none.
+                    reason = f"{error} for the tensor {tensor_name}"
+                    raise ConfigurationError(
+                        self.recipe.fault(("parameters", parameter.name), reason)
+                    ) from None
                 if value is not None:
                     return parameter.check(value)
         if parameter.required:
@@ -302,3 +286,25 @@ class _Planner:
             reason = f"{self.method.name} requires it, but no setting{of} matches the tensor {tensor_name}"
             raise ConfigurationError(self.recipe.fault(("parameters", parameter.name), reason))
         return parameter.default
+
+    def fixed(
+        self,
+        parameter: Parameter,
+        place: _Place,
+        source: InputSlice | None,
+        levels: Sequence[Parameters | None],
+    ) -> tuple[bool, bool | int | float | None]:
+        """Whether the parameter has one value for all tensors of a slice, and that value."""
+        # Most have, and most of the time of planning would go into finding it again for every tensor.
+        key = (parameter.name, id(place.piece), id(source))
+        if key not in self.known:
+            first = next(
+                (level[parameter.name] for level in levels if level and parameter.name in level), None
+            )
+            if first is None:
+                self.known[key] = (not parameter.required, parameter.default)
+            elif first[0].filter in (None, "*") and not isinstance(first[0].value, list):
+                self.known[key] = (True, parameter.check(coerce(first[0].value, parameter.kind)))
+            else:
+                self.known[key] = (False, None)
+        return self.known[key]

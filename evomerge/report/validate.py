@@ -7,16 +7,17 @@ from pathlib import Path
 from evomerge.errors import ConfigurationError
 from evomerge.experiment import looks_like_experiment
 from evomerge.merge.load import load_recipe
+from evomerge.merge.multi import read_merges
 from evomerge.prepare import prepare
 from evomerge.spaces import SPACES, read_space
-from evomerge.yaml_file import read_single
+from evomerge.yaml_file import read_single, read_yaml
 
 
 def validate_file(file: Path, *, allow_task_code: bool = False) -> tuple[str, list[str]]:
     """Check one file.
 
     Args:
-        file: An experiment, a search space or a recipe.
+        file: An experiment, a search space, a recipe, or several recipes.
         allow_task_code: Whether task files outside lm-eval may run Python code.
 
     Returns:
@@ -25,6 +26,10 @@ def validate_file(file: Path, *, allow_task_code: bool = False) -> tuple[str, li
     Raises:
         ConfigurationError: Carries every fault found.
     """
+    documents = read_yaml(file, lenient=True)
+    if len(documents) > 1:
+        merges = read_merges(file)
+        return f"file of {len(documents)} recipes", [str(warning) for warning in merges.warnings]
     document = read_single(file, lenient=True)
     data = document.data
     if looks_like_experiment(data):

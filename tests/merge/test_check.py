@@ -65,7 +65,10 @@ def test_an_unknown_parameter_names_the_nearest_at_its_line() -> None:
 
 def test_a_parameter_of_another_method_is_a_warning() -> None:
     (warning,) = warnings(TIES + "parameters:\n  t: 0.5\n")
-    assert warning == "r.yml:9: parameters.t: ties has no such parameter and ignores it; it belongs to slerp"
+    assert (
+        warning
+        == "r.yml:9: parameters.t: ties has no such parameter and ignores it; it belongs to slerp, nearswap"
+    )
 
 
 def test_parameters_without_effect_where_they_stand_are_warnings() -> None:
@@ -106,19 +109,56 @@ def test_slices_must_list_the_base_themselves() -> None:
     text = SLICES.replace("model: base, layer_range: [1", "model: c, layer_range: [1") + "parameters: {t: 0}"
     (fault,) = faults(text)
     assert fault.startswith("r.yml:5: slices.1.sources: slerp needs the base model 'base' among the sources")
+    nuslerp = text.replace("slerp", "nuslerp").replace("{t: 0}", "{weight: 1}")
+    _, fault = faults(nuslerp)
+    assert "slices.1.sources: nuslerp needs the base model 'base' among the sources" in fault
     own_base = text.replace("- sources:\n  - {model: b", "- base_model: c\n  sources:\n  - {model: b")
     assert warnings(own_base) == []
 
 
-def test_the_number_of_models_counts_the_base() -> None:
-    slerp = TIES.replace("ties", "slerp").replace("{weight: 1}", "{}") + "parameters: {t: 0.5}"
-    (fault,) = faults(slerp)
-    assert fault == "r.yml:1: models: slerp takes at most 2 models, the base counted; got a, b, base"
-    assert warnings(slerp.replace("base_model: base", "base_model: b")) == []
-    (fault,) = faults("models: [{model: a}]\nbase_model: a\nmerge_method: slerp\nparameters: {t: 0}")
-    assert "slerp takes at least 2 models" in fault
-    (fault,) = faults("models: [{model: a}, {model: b}]\nmerge_method: passthrough")
-    assert "passthrough takes at most 1 models" in fault
+def recipe(method: str, *models: str, base: str | None = None, parameters: str = "{}") -> str:
+    listed = ", ".join(f"{{model: {name}}}" for name in models)
+    head = f"base_model: {base}\n" if base else ""
+    return f"{head}merge_method: {method}\nmodels: [{listed}]\nparameters: {parameters}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (recipe("slerp", "a", "b", base="c"), "slerp takes exactly 1 model besides the base 'c'; got a, b"),
+        (recipe("slerp", "a", base="a"), "slerp takes exactly 1 model besides the base 'a'; got none"),
+        (recipe("nearswap", "a", "b", "c", base="c"), "takes exactly 1 model besides the base 'c'; got a, b"),
+        (recipe("arcee_fusion", "a", base="a"), "takes exactly 1 model besides the base 'a'; got none"),
+        (recipe("model_stock", "a", base="b"), "takes at least 2 models besides the base 'b'; got a"),
+        (recipe("nuslerp", "a", "b", base="b"), "takes exactly 2 models besides the base 'b'; got a"),
+        (recipe("nuslerp", "a", "b", "c"), "nuslerp takes exactly 2 models; got a, b, c"),
+        (recipe("multislerp", "a", base="a"), "takes at least 1 model besides the base 'a'; got none"),
+        (recipe("passthrough", "a", "b"), "passthrough takes at most 1 model; got a, b"),
+        (recipe("passthrough", "a", base="b"), "passthrough takes at most 1 model; got a, b"),
+    ],
+)
+def test_the_number_of_models_besides_the_base_must_suit_the_method(text: str, reason: str) -> None:
+    (fault,) = faults(text.replace("parameters: {}", "parameters: {t: 0.5, weight: 1}"))
+    assert fault.startswith("r.yml:")
+    assert reason in fault
+
+
+def test_an_optional_base_may_be_left_out_or_named() -> None:
+    for base in (None, "c", "base"):
+        assert warnings(recipe("nuslerp", "a", "b", base=base, parameters="{weight: 1}")) == []
+    assert warnings(recipe("nuslerp", "a", "b", "c", base="c", parameters="{weight: 1}")) == []
+
+
+def test_a_base_that_is_ignored_is_a_model_like_the_others() -> None:
+    assert warnings(recipe("karcher", "a", "b", base="c")) == []
+
+
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].base == "required"))
+def test_a_method_on_task_vectors_says_that_it_needs_a_base(name: str) -> None:
+    (fault,) = faults(recipe(name, "a", parameters="{weight: 1, t: 1}"))
+    assert fault.endswith(
+        f"base_model: missing; {name} needs a base model, the one its sources were fine-tuned from"
+    )
 
 
 def test_a_model_counts_once_per_merge() -> None:

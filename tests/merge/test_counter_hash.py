@@ -15,14 +15,14 @@ from evomerge.merge.counter_hash import hash_element, hash_elements, keep_mask, 
 
 VECTORS = [
     # seed, tensor name, source, element, hash
-    (0, "model.embed_tokens.weight", 0, 0, 4156202028),
-    (0, "model.embed_tokens.weight", 0, 1, 3320244574),
-    (0, "model.layers.0.mlp.up_proj.weight", 0, 12345, 465774010),
-    (0, "model.layers.0.mlp.up_proj.weight", 1, 12345, 607284913),
-    (1, "model.layers.0.mlp.up_proj.weight", 1, 12345, 3219838024),
-    (9223372036854775807, "lm_head.weight", 2, 4294967295, 771715808),
-    (7, "lm_head.weight", 2, 4294967296, 2272670512),
-    (7, "lm_head.weight", 2, 1099511627779, 1340232480),
+    (0, "model.embed_tokens.weight", 0, 0, 1308662821),
+    (0, "model.embed_tokens.weight", 0, 1, 4070843333),
+    (0, "model.layers.0.mlp.up_proj.weight", 0, 12345, 3224551080),
+    (0, "model.layers.0.mlp.up_proj.weight", 1, 12345, 1298023856),
+    (1, "model.layers.0.mlp.up_proj.weight", 1, 12345, 3531472882),
+    (9223372036854775807, "lm_head.weight", 2, 4294967295, 4245641399),
+    (7, "lm_head.weight", 2, 4294967296, 2914504329),
+    (7, "lm_head.weight", 2, 1099511627779, 3916643885),
 ]
 COUNT = 1 << 18
 

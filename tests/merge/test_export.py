@@ -109,7 +109,7 @@ def test_the_recipe_goes_along_and_makes_the_same_model_again(tiny_zoo: Path, tm
     again = Recipe.read(tmp_path / "out" / "mergekit_config.yml")
     assert again == wanted
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"- {tiny_zoo}/one\n- {tiny_zoo}/two\n" in card
+    assert f"- `{tiny_zoo}/one`; states no licence\n- `{tiny_zoo}/two`; states no licence\n" in card
     front, body = card.removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     assert wanted.to_yaml() in body
@@ -123,12 +123,14 @@ def test_large_models_are_sharded_with_an_index(tiny_zoo: Path, tmp_path: Path) 
     assert_same(dict(model.state_dict()), merged(wanted), exact=True)
 
 
-def test_progress_counts_tensors(tiny_zoo: Path, tmp_path: Path) -> None:
+def test_progress_counts_bytes(tiny_zoo: Path, tmp_path: Path) -> None:
     wanted, seen = recipe(AVERAGE, tiny_zoo), []
     export_model(
         wanted, models(wanted), tmp_path / "out", progress=lambda done, total: seen.append((done, total))
     )
-    assert seen == [(done, 39) for done in range(1, 40)]
+    sizes = [tensor.nbytes for tensor in tensors(tmp_path / "out").values()]
+    assert [total for _, total in seen] == [sum(sizes)] * len(sizes)
+    assert [done for done, _ in seen] == [sum(sizes[: n + 1]) for n in range(len(sizes))]
 
 
 def test_models_without_generation_config_or_tokenizer_are_exported(tiny_zoo: Path, tmp_path: Path) -> None:
@@ -174,7 +176,9 @@ def test_a_source_that_is_not_finite_is_named_and_nothing_is_written(
     spoilt = variant(tiny_zoo / "one", tmp_path / "spoilt", change=spoil)
     (tmp_path / "results").mkdir()
     with pytest.raises(
-        CheckpointError, match=r"model\.norm\.weight: the merged tensor holds NaN or infinity"
+        CheckpointError,
+        match=rf"model\.norm\.weight: the merged tensor holds NaN or infinity, as {spoilt} does: element 0 of "
+        rf"model\.norm\.weight in {spoilt}/model\.safetensors is {bad}",
     ):
         export(two(spoilt, tiny_zoo / "two"), tiny_zoo, tmp_path / "results" / "out")
     assert list((tmp_path / "results").iterdir()) == []
@@ -183,7 +187,7 @@ def test_a_source_that_is_not_finite_is_named_and_nothing_is_written(
 def test_overflow_in_the_output_type_is_refused(tiny_zoo: Path, tmp_path: Path) -> None:
     text = "models: [{model: $one, parameters: {scale: 1e6}}]\nmerge_method: passthrough\n"
     export(text, tiny_zoo, tmp_path / "fits")
-    with pytest.raises(CheckpointError, match="NaN or infinity"):
+    with pytest.raises(CheckpointError, match="though the sources do not: the merge overflowed float16"):
         export(text + "out_dtype: float16\n", tiny_zoo, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -239,13 +243,45 @@ def test_a_chat_template_of_the_recipe_replaces_the_donors(tiny_zoo: Path, tmp_p
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "new {{ messages }}"
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("tokenizer: {source: union}", "building a tokenizer"),
-        ("chat_template: chatml", "template's own text"),
-    ],
-)
-def test_what_is_not_supported_yet_says_so(tiny_zoo: Path, tmp_path: Path, line: str, reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=reason):
-        export(AVERAGE + line, tiny_zoo, tmp_path / "out")
+def test_models_of_other_vocabularies_are_merged_when_the_recipe_says_how(
+    tiny_zoo: Path, tmp_path: Path
+) -> None:
+    other = relabelled(tiny_zoo, tmp_path / "other")
+    text = two(tiny_zoo / "one", other) + "tokenizer_source: base\n"
+    export(text, tiny_zoo, tmp_path / "out", memory_budget=2**24)
+    export(two(tiny_zoo / "one", tiny_zoo / "two"), tiny_zoo, tmp_path / "plain")
+    found, plain = tensors(tmp_path / "out"), tensors(tmp_path / "plain")
+    name = "model.embed_tokens.weight"
+    (a, b) = (2, 3)  # the ids that `relabelled` exchanges
+    assert not torch.equal(found[name][a], plain[name][a])
+    assert torch.equal(found[name][b + 1 :], plain[name][b + 1 :])
+    words = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert words == json.loads((tiny_zoo / "one" / "tokenizer.json").read_text())["model"]["vocab"]
+
+
+def test_token_ids_of_the_generation_config_follow_the_vocabulary(tiny_zoo: Path, tmp_path: Path) -> None:
+    content = json.loads((tiny_zoo / "two" / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words["<eos>"], words["b"] = words["b"], words["<eos>"]
+    for token in content["added_tokens"]:
+        if token["content"] == "<eos>":
+            token["id"] = words["<eos>"]
+    other = variant(tiny_zoo / "two", tmp_path / "other", eos_token_id=words["<eos>"])
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": words["<eos>"], "top_k": 3}))
+    text = f"models: [{{model: {other}}}, {{model: $one}}]\nmerge_method: linear\nparameters: {{weight: 1}}\n"
+    export(text + "tokenizer_source: $one\n", tiny_zoo, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": 1, "top_k": 3}
+    assert config(tmp_path / "out")["eos_token_id"] == 1
+
+
+# Devices.
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99", "mps", "meta"])
+def test_a_device_that_is_not_there_is_refused(tiny_zoo: Path, tmp_path: Path, device: str) -> None:
+    wanted = recipe(AVERAGE, tiny_zoo)
+    with pytest.raises(ConfigurationError, match=rf"--device: .* got '{device}'"):
+        export_model(wanted, models(wanted), tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()

@@ -7,19 +7,19 @@ Yadav et al., "TIES-Merging", 2023, https://arxiv.org/abs/2306.01708. This is th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from evomerge.merge.methods.base import BasePolicy, MergeInputs, Method
-from evomerge.merge.methods.dare_linear import PARAMETERS, drop_and_rescale
-from evomerge.merge.methods.ties import elect_and_merge
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from evomerge.merge.methods.base import BasePolicy, Method, TaskVectorInputs
+from evomerge.merge.methods.dare_linear import DIFFERENCES, PARAMETERS, drop_and_rescale
+from evomerge.merge.methods.task_vectors import TaskVectorSum, merge_task_vectors
 
 
-def dare_ties(inputs: MergeInputs) -> Tensor:
+def task_vectors(inputs: TaskVectorInputs) -> TaskVectorSum:
     """Drop and rescale as in DARE, then elect and merge as in TIES."""
-    return elect_and_merge(inputs, drop_and_rescale(inputs))
+    return TaskVectorSum(
+        terms=drop_and_rescale(inputs),
+        elect=True,
+        normalize=inputs.shared["normalize"],
+        scale=inputs.shared["lambda"],
+    )
 
 
 METHOD = Method(
@@ -31,5 +31,9 @@ METHOD = Method(
     base=BasePolicy.REQUIRED,
     random=True,
     elementwise=True,
-    formula=dare_ties,
+    formula=merge_task_vectors(task_vectors),
+    task_vectors=task_vectors,
+    concept="DARE's random dropping followed by TIES' election of a sign per element.",
+    when="As TIES, when models differ little from the base; the method of Sakana's evolutionary merges.",
+    differences=DIFFERENCES,
 )

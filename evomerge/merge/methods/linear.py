@@ -8,23 +8,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merge.methods.base import BasePolicy, MergeInputs, Method, Parameter, Scope
+import numpy as np
+
+from evomerge.merge.methods.base import (
+    BasePolicy,
+    Combination,
+    CombinationInputs,
+    MergeInputs,
+    Method,
+    Parameter,
+    Scope,
+)
+from evomerge.merge.methods.combination import merge_by
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def linear(inputs: MergeInputs) -> Tensor:
-    """θ = Σ w_i θ_i, divided by Σ w_i when `normalize`."""
-    import torch
+def combination(inputs: CombinationInputs) -> Combination:
+    """θ = Σ w_i θ_i, divided by Σ w_i when `normalize`; weights that sum to 0 have no average."""
+    weights = np.array([values["weight"] for values in inputs.values], dtype=np.float64)
+    divisor = float(weights.sum()) if inputs.shared["normalize"] else 1.0
+    return Combination(coefficients=weights, divisor=divisor)
 
-    weights = [values["weight"] for values in inputs.values]
-    result = torch.zeros_like(inputs.tensors[0])
-    for tensor, weight in zip(inputs.tensors, weights, strict=True):
-        result.add_(tensor, alpha=weight)
-    if inputs.shared["normalize"]:
-        result.div_(sum(weights))
-    return result
+
+def linear(inputs: MergeInputs) -> Tensor:
+    """The weighted average of the models."""
+    return merge_by(inputs, combination)
 
 
 METHOD = Method(
@@ -51,4 +61,7 @@ METHOD = Method(
     base=BasePolicy.IGNORED,
     elementwise=True,
     formula=linear,
+    combination=combination,
+    concept="Each tensor is the average of the models' tensors, weighted by model.",
+    when="The first thing to try with models fine-tuned from one base, in particular on the same task.",
 )

@@ -7,16 +7,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evomerge.merge.methods.base import BasePolicy, MergeInputs, Method, Parameter, Scope
+import numpy as np
+
+from evomerge.merge.methods.base import (
+    BasePolicy,
+    Combination,
+    CombinationInputs,
+    MergeInputs,
+    Method,
+    Parameter,
+    Scope,
+)
+from evomerge.merge.methods.combination import merge_by
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+def combination(inputs: CombinationInputs) -> Combination:
+    """The scale; exactly 1 without one, so that every bit passes."""
+    scale = inputs.values[0]["scale"]
+    return Combination(coefficients=np.array([1.0 if scale is None else scale]))
+
+
 def passthrough(inputs: MergeInputs) -> Tensor:
     """θ = s θ_0."""
-    scale = inputs.values[0]["scale"]
-    return inputs.tensors[0].clone() if scale is None else inputs.tensors[0] * scale
+    return merge_by(inputs, combination)
 
 
 METHOD = Method(
@@ -34,7 +50,10 @@ METHOD = Method(
         ),
     ),
     base=BasePolicy.IGNORED,
-    max_models=1,
+    max_others=1,
     elementwise=True,
     formula=passthrough,
+    combination=combination,
+    concept="The tensors pass as they are, or multiplied by a number per tensor.",
+    when="To stack layers of one or several models in the `slices` form, each slice from a single model.",
 )

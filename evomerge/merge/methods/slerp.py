@@ -9,9 +9,23 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from evomerge.merge.methods.base import BasePolicy, MergeInputs, Method, Parameter, Scope
+import numpy as np
+
+from evomerge.merge.methods.base import (
+    Axis,
+    BasePolicy,
+    Combination,
+    CombinationInputs,
+    GramKind,
+    MergeInputs,
+    Method,
+    Parameter,
+    Scope,
+)
+from evomerge.merge.methods.combination import merge_by
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 COLLINEAR = 0.9995
@@ -20,36 +34,34 @@ TINY_NORM = 1e-8
 """Norm below which a tensor has no direction and is not normalised, as in mergekit."""
 
 
-def coefficients(t: float, *, dot: float, norm_0: float, norm_1: float) -> tuple[float, float]:
-    """Factors of v_0 and v_1 from their inner product and norms.
+def coefficients(gram: NDArray[np.float64], t: float) -> NDArray[np.float64]:
+    """sin((1-t)φ) / sin φ and sin(tφ) / sin φ, the factors of v_0 and v_1, with φ the angle between them.
 
     Args:
+        gram: Inner products of v_0 and v_1, [2, 2].
         t: 0 gives v_0, 1 gives v_1.
-        dot: Inner product of v_0 and v_1.
-        norm_0: Euclidean norm of v_0.
-        norm_1: Euclidean norm of v_1.
     """
-    scale_0 = norm_0 if norm_0 > TINY_NORM else 1.0
-    scale_1 = norm_1 if norm_1 > TINY_NORM else 1.0
-    cosine = min(1.0, max(-1.0, dot / scale_0 / scale_1))
+    if not np.isfinite(gram).all():
+        return np.full(2, np.nan)
+    norm_0, norm_1 = (norm if norm > TINY_NORM else 1.0 for norm in np.sqrt(gram.diagonal()))
+    cosine = min(1.0, max(-1.0, gram[0, 1] / norm_0 / norm_1))
     if abs(cosine) > COLLINEAR:
-        return 1 - t, t
-    theta = math.acos(cosine)
-    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+        return np.array([1 - t, t])
+    phi = math.acos(cosine)
+    return np.array([math.sin((1 - t) * phi), math.sin(t * phi)]) / math.sin(phi)
+
+
+def combination(inputs: CombinationInputs) -> Combination:
+    """c_0 of the base and c_1 of the other model."""
+    gram = inputs.gram(GramKind.TENSORS, Axis.WHOLE)
+    if inputs.base == 0:
+        return Combination(coefficients=coefficients(gram, inputs.shared["t"]))
+    return Combination(coefficients=coefficients(gram[::-1, ::-1], inputs.shared["t"])[::-1].copy())
 
 
 def slerp(inputs: MergeInputs) -> Tensor:
     """θ = [sin((1-t)φ) θ_0 + sin(tφ) θ_1] / sin φ, with φ the angle between the whole tensors."""
-    import torch
-
-    (other,) = inputs.others
-    v_0, v_1 = inputs.base_tensor, inputs.tensors[other]
-    flat_0, flat_1 = v_0.flatten(), v_1.flatten()
-    dot = torch.dot(flat_0.double(), flat_1.double()).item()
-    norm_0 = torch.linalg.vector_norm(flat_0, dtype=torch.float64).item()
-    norm_1 = torch.linalg.vector_norm(flat_1, dtype=torch.float64).item()
-    c_0, c_1 = coefficients(inputs.shared["t"], dot=dot, norm_0=norm_0, norm_1=norm_1)
-    return (v_0 * c_0).add_(v_1, alpha=c_1)
+    return merge_by(inputs, combination)
 
 
 METHOD = Method(
@@ -67,7 +79,12 @@ METHOD = Method(
         ),
     ),
     base=BasePolicy.REQUIRED,
-    min_models=2,
-    max_models=2,
+    min_others=1,
+    max_others=1,
     formula=slerp,
+    combination=combination,
+    concept="Each tensor moves along the great circle from the base's to the other model's, so that its size "
+    "does not shrink half way as it does in an average of vectors that point apart; nearly parallel tensors "
+    "are interpolated linearly.",
+    when="For a blend of two models, often with `t` varied over depth and between attention and MLP.",
 )

@@ -65,6 +65,11 @@ def mergekit(
     return merged
 
 
+def mergekit64(method: str, tensors: list[Tensor], *args: Any, **given: Any) -> Tensor:
+    """mergekit's method in float64, where its own rounding does not count."""
+    return mergekit(method, [tensor.double() for tensor in tensors], *args, **given)
+
+
 def family(*shape: int, count: int = 3, seed: int = 0, change: float = 0.1) -> list[Tensor]:
     """A random base and `count` fine-tuned relatives of it, the base first."""
     generator = torch.Generator().manual_seed(seed)
@@ -75,6 +80,12 @@ def family(*shape: int, count: int = 3, seed: int = 0, change: float = 0.1) -> l
 def weights(*numbers: float, **other: Any) -> list[dict[str, Any]]:
     """Values of a base without any, and of one source per number."""
     return [{}, *({"weight": number, **other} for number in numbers)]
+
+
+def rounds_to(ours: Tensor, exact: Tensor, *tensors: Tensor) -> None:
+    """Equal to a float64 result but for a few roundings of summands as large as the tensors together."""
+    size = sum(float(tensor.abs().max()) for tensor in tensors) if ours.numel() else 0.0
+    torch.testing.assert_close(ours.double(), exact, rtol=5e-7, atol=5e-7 * max(size, 1e-30))
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

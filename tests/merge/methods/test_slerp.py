@@ -41,6 +41,12 @@ def test_it_is_mergekits(t: float, change: float, base: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-6 * max(1, change))
 
 
+def test_tensors_too_short_for_a_direction_are_handled_as_in_mergekit() -> None:
+    pair = [torch.tensor([1e-9, 0.0]), torch.tensor([3e-9, 4e-9])]
+    ours, theirs = (run("slerp", pair, base=0, t=0.3) for run in (merge, mergekit))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     "tensors", [([0.0, 0.0], [1.0, 2.0]), ([0.0], [0.0]), ([1.0, 2.0], [-1.0, -2.0]), ([3.0], [-2.0])]
 )
