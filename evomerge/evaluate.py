@@ -35,7 +35,7 @@ def evaluate_model(
     """Score a checkpoint, or a recipe, which is merged into a temporary checkpoint first.
 
     Args:
-        model: `id-or-path[@revision]`, or a recipe file ending in .yml or .yaml.
+        model: `id-or-path[@revision][+adapter]`, or a recipe file ending in .yml or .yaml.
         tasks: lm-eval tasks.
         include_path: Folders with task files.
         settings: How to score.

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evomerge.errors import ConfigurationError
+from evomerge.sizes import parse_size
 from evomerge.yaml_file import Document, StrictRecord, dotted, read_single, validate
 
 
@@ -105,6 +106,10 @@ def _as_seconds(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _as_bytes(value: Any) -> Any:
+    return parse_size(value) if isinstance(value, str) else value
+
+
 class WorkerSettings(StrictRecord):
     """The processes that evaluate candidates.
 
@@ -116,6 +121,9 @@ class WorkerSettings(StrictRecord):
         gpus_per_worker: GPUs of each worker, fractions allowed; `auto` is 1 when there are any, else 0.
         timeout: Longest time for one candidate, such as 30m; a worker that takes longer is replaced.
         retries: How often a candidate is dispatched again after its worker died or timed out.
+        memory_budget: Memory that the source weights may take in each worker, such as 8GB; null for all of
+            them. What does not fit is read again for every candidate. On the CPU sources are memory-mapped and
+            shared by the workers of a host, on a GPU each worker keeps copies.
     """
 
     backend: Literal["ray", "inline"] = "ray"
@@ -124,6 +132,7 @@ class WorkerSettings(StrictRecord):
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     timeout: Annotated[float, Field(gt=0), BeforeValidator(_as_seconds)] = 1800.0
     retries: Annotated[int, Field(ge=0)] = 2
+    memory_budget: Annotated[int, Field(ge=1), BeforeValidator(_as_bytes)] | None = None
 
 
 class FinishSettings(StrictRecord):

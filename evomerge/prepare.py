@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from evomerge.checkpoints.architecture import num_layers
 from evomerge.checkpoints.reader import Checkpoint
-from evomerge.checkpoints.reference import ModelReference, resolve
+from evomerge.checkpoints.reference import ModelReference, absolute, resolve
 from evomerge.checkpoints.tokenizer import difference, same_vocabulary
 from evomerge.errors import CheckpointError, ConfigurationError, Fault, nearest
 from evomerge.experiment import Experiment, read_experiment
@@ -26,7 +26,8 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.harness import TaskLibrary, split_documents
 from evomerge.fitness.objectives import Objective
 from evomerge.merge.check import check_recipe
-from evomerge.merge.plan import TORCH_DTYPES, plan_merge, tied_heads
+from evomerge.merge.layout import tied_heads
+from evomerge.merge.plan import TORCH_DTYPES, plan_merge
 from evomerge.search import SEARCHERS, Searcher, SearcherOptions, build_searcher
 from evomerge.spaces import SearchSpace, SourceModels, build_space
 from evomerge.workers.base import WorkerSpec
@@ -111,7 +112,7 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
     tasks = checks.tasks(experiment, include_path, allow_code=allow_task_code)
     checks.stop_if_faulty()
 
-    names = {text: _recipe_name(text, checkpoints[text]) for text in experiment.all_models}
+    names = {text: _recipe_name(text, folder) for text in experiment.all_models}
     by_name = {names[text]: checkpoint for text, checkpoint in checkpoints.items()}
     base = names[experiment.base_model] if experiment.base_model is not None else None
     sources = tuple(names[text] for text in experiment.models)
@@ -168,6 +169,7 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
             device=torch_device(resolved.evaluation.device),
             threads=resolved.workers.threads,
             allow_task_code=allow_task_code,
+            memory_budget=resolved.workers.memory_budget,
         ),
         searcher_options=searcher_options,
         inputs=inputs,
@@ -372,12 +374,9 @@ def _documents(
     return tuple(searched.values()), tuple(held_out.values()) if complete else ()
 
 
-def _recipe_name(text: str, checkpoint: Checkpoint) -> str:
-    """How recipes name the model: a hub id as it is, a local folder by its absolute path."""
-    reference = ModelReference.parse(text)
-    folder = str(checkpoint.folder)
-    is_hub = not reference.model.startswith((".", "/", "~")) and "snapshots" in checkpoint.folder.parts
-    return text if is_hub else folder
+def _recipe_name(text: str, folder: Path) -> str:
+    """How recipes name a model: a hub id as it is, local folders by their absolute paths."""
+    return str(absolute(ModelReference.parse(text), [folder]))
 
 
 def _rename_models(document: Document, names: Mapping[str, str]) -> Document:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PlainSerializer, PrivateAttr, Tag, model_validator
 
 from evomerge.errors import ConfigurationError, Fault
 from evomerge.yaml_file import (
@@ -29,6 +29,7 @@ from evomerge.yaml_file import (
     dump_yaml,
     parse_yaml,
     read_single,
+    read_yaml,
     validate,
 )
 
@@ -109,6 +110,14 @@ ModelText = Annotated[str, BeforeValidator(_as_model_text)]
 """A model as recipes write it: `id-or-path[@revision][+adapter]`."""
 
 
+def _as_int(value: Any) -> Any:
+    # What is no scalar is left to the type's own message.
+    return coerce(value, "int") if isinstance(value, (bool, int, float, str)) else value
+
+
+_AsInt = BeforeValidator(_as_int)
+
+
 def _as_pair(value: Any) -> Any:
     return tuple(coerce(item, "int") for item in value) if isinstance(value, list) else value
 
@@ -174,6 +183,82 @@ class Module(StrictRecord):
         return self
 
 
+class ZeroRow(StrictRecord):
+    """A token's embedding that is zero."""
+
+    kind: Literal["zero"]
+
+
+class TokenRow(StrictRecord):
+    """A token's embedding that is the one of a token of a model, named by its text or its id."""
+
+    kind: Literal["model_token"]
+    model: ModelText
+    token: str | None = None
+    token_id: Annotated[int, _AsInt, Field(ge=0)] | None = None
+
+
+def _as_row(value: Any) -> Any:
+    if not isinstance(value, dict) or "kind" not in value:
+        return value
+    if value["kind"] not in ("zero", "model_token"):
+        raise ValueError(f"kind: expected zero or model_token, got {value['kind']!r}")
+    named = [key for key in ("token", "token_id") if value.get(key) is not None]
+    if value["kind"] == "model_token" and len(named) != 1 and value.keys() <= TokenRow.model_fields.keys():
+        raise ValueError("expected exactly one of 'token' and 'token_id'")
+    return value
+
+
+def _row_kind(value: Any) -> str:
+    if isinstance(value, (ZeroRow, TokenRow)):
+        return type(value).__name__
+    if isinstance(value, dict) and "kind" in value:
+        return "ZeroRow" if value["kind"] == "zero" else "TokenRow"
+    return "name"
+
+
+RowSource = Annotated[
+    Annotated[ZeroRow, Tag("ZeroRow")]
+    | Annotated[TokenRow, Tag("TokenRow")]
+    | Annotated[ModelText, Tag("name")],
+    Discriminator(_row_kind),
+    BeforeValidator(_as_row),
+]
+"""Where a token's embedding comes from: zero, a token of a model, or the same token of a model."""
+
+
+class TokenSettings(StrictRecord):
+    """A token that the merged vocabulary must have.
+
+    Attributes:
+        source: Its embedding in the models that lack it; by default as for any other token.
+        force: Replace the embedding of the models that have it too.
+    """
+
+    source: RowSource | None = None
+    force: Annotated[bool, BeforeValidator(lambda value: coerce(value, "bool"))] = False
+
+    @model_validator(mode="after")
+    def _check_source(self) -> TokenSettings:
+        if self.force and self.source is None:
+            raise ValueError("force: needs a 'source' to take the embedding from")
+        return self
+
+
+class TokenizerSettings(StrictRecord):
+    """Which vocabulary the merged model gets.
+
+    Attributes:
+        source: `union`, `base` or one of the models.
+        tokens: Settings of single tokens; those that the vocabulary lacks are added.
+        pad_to_multiple_of: Rows of the embedding are filled up to a multiple of this.
+    """
+
+    source: ModelText = "union"
+    tokens: dict[str, TokenSettings] | None = None
+    pad_to_multiple_of: Annotated[int, _AsInt, Field(ge=1)] | None = None
+
+
 class Extension(StrictRecord):
     """What mergekit cannot express.
 
@@ -196,7 +281,7 @@ class Recipe(StrictRecord):
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: ModelText | None = None
-    tokenizer: dict[str, Any] | None = None
+    tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
     name: str | None = None
     evomerge: Extension = Extension()
@@ -222,6 +307,12 @@ class Recipe(StrictRecord):
         names = [source.model for _, source in self.inputs()]
         names += [name for _, name in self._base_models() if name is not None]
         return tuple(dict.fromkeys(names))
+
+    def model_places(self) -> Iterator[tuple[FieldPath, str]]:
+        """Every place that names a model to merge, with what it says."""
+        for place, source in self.inputs():
+            yield (*place, "model"), source.model
+        yield from ((place, name) for place, name in self._base_models() if name is not None)
 
     def inputs(self) -> Iterator[tuple[FieldPath, InputModel | InputSlice]]:
         """Every input entry with its place in the recipe."""
@@ -314,6 +405,26 @@ class Recipe(StrictRecord):
     def read(cls, path: Path) -> Recipe:
         """Read a recipe from a file; see `from_yaml`."""
         return cls.from_document(read_single(path, lenient=True))
+
+    @classmethod
+    def read_all(cls, path: Path) -> list[Recipe]:
+        """Read every recipe of a file of one or more YAML documents.
+
+        Raises:
+            ConfigurationError: Carries every fault found in any of them.
+        """
+        recipes: list[Recipe] = []
+        faults: list[Fault] = []
+        for document in read_yaml(path, lenient=True):
+            try:
+                recipes.append(cls.from_document(document))
+            except ConfigurationError as error:
+                faults += error.faults
+        if faults or not recipes:
+            raise ConfigurationError(
+                faults or Fault(path="", file=str(path), reason="expected a recipe, found nothing")
+            )
+        return recipes
 
 
 Kind = Literal["bool", "int", "float"]

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def start_run(
     )
     # The folder comes after the workers, so that a run that cannot start leaves nothing behind. In it the
     # journal comes first: whatever stops the process before leaves a folder that still counts as empty.
-    with closing(_start_pool(prepared, observer)) as pool:
+    with closing(_start_pool(prepared, folder, observer)) as pool:
         folder.path.mkdir(parents=True, exist_ok=True)
         with RunLock(folder.path), Journal.create(folder.journal, header) as journal:
             folder.create()
@@ -119,7 +119,7 @@ def resume_run(
         prepared = prepare(folder.experiment, allow_task_code=allow_task_code)
         _refuse_changes(folder, journal.header, prepared)
         # A finished run needs no workers, and a replay that fails should not have to wait for them.
-        with closing(DeferredPool(lambda: _start_pool(prepared, observer))) as pool:
+        with closing(DeferredPool(lambda: _start_pool(prepared, folder, observer))) as pool:
             return _carry_out(prepared, folder, journal, pool, observer, stop)
 
 
@@ -161,7 +161,7 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {before} -> {now}"
 
 
-def _start_pool(prepared: PreparedRun, observer: Observer) -> WorkerPool:
+def _start_pool(prepared: PreparedRun, folder: RunDir, observer: Observer) -> WorkerPool:
     observer.phase("starting workers")
     donor = prepared.checkpoints[prepared.spec.donor]
     sizes = [math.prod(info.shape) for info in donor.tensors.values()]
@@ -169,7 +169,7 @@ def _start_pool(prepared: PreparedRun, observer: Observer) -> WorkerPool:
         prepared.experiment.evaluation.dtype, 2
     )
     return build_pool(
-        prepared.spec,
+        replace(prepared.spec, statistics=folder.statistics.resolve()),
         prepared.experiment.workers,
         worker_bytes=worker_memory(sizes, itemsize=itemsize, num_models=len(prepared.checkpoints)),
     )

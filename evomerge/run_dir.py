@@ -5,6 +5,7 @@ journal.jsonl    the truth; everything else can be rebuilt from it
 scores/          per-document scores of every evaluation
 best/recipe.yml  the best recipe so far
 best/model/      the winner as a checkpoint, when asked for
+statistics/      statistics of the sources; computed again when missing
 status.json      state, progress and the holdout table
 events.log       what happened to workers, and other news
 """
@@ -54,6 +55,11 @@ class RunDir:
     def best_model(self) -> Path:
         """The winner as a checkpoint."""
         return self.path / "best" / "model"
+
+    @property
+    def statistics(self) -> Path:
+        """Statistics of the sources, shared by the workers."""
+        return self.path / "statistics"
 
     @property
     def status(self) -> Path:

@@ -91,6 +91,23 @@ _forms = st.one_of(
 )
 
 
+_row_sources = st.one_of(
+    model_names,
+    st.just({"kind": "zero"}),
+    st.fixed_dictionaries({"kind": st.just("model_token"), "model": model_names, "token": texts}),
+    st.fixed_dictionaries(
+        {"kind": st.just("model_token"), "model": model_names, "token_id": st.integers(0, 2**17)}
+    ),
+)
+_token_settings = st.one_of(_optional({}), _optional({"source": _row_sources}, force=st.booleans()))
+tokenizer_settings = _optional(
+    {},
+    source=st.one_of(st.sampled_from(["union", "base"]), model_names),
+    tokens=st.dictionaries(texts, _token_settings, max_size=3),
+    pad_to_multiple_of=st.integers(1, 256),
+)
+
+
 @st.composite
 def recipe_data(draw: st.DrawFn) -> dict[str, Any]:
     """The plain values of a recipe of any form, as somebody may write it; not always sensible to merge."""
@@ -104,9 +121,14 @@ def recipe_data(draw: st.DrawFn) -> dict[str, Any]:
             parameters=parameters,
             dtype=st.sampled_from(["float32", "bfloat16"]),
             out_dtype=st.sampled_from(["float16", "bfloat16"]),
-            tokenizer_source=st.one_of(st.sampled_from(["union", "base"]), model_names),
             chat_template=texts,
             evomerge=st.fixed_dictionaries({"seed": st.integers(0, 2**63 - 1)}),
         )
     )
-    return {**form, **rest}
+    tokenizer = draw(
+        st.one_of(
+            _optional({}, tokenizer_source=st.one_of(st.sampled_from(["union", "base"]), model_names)),
+            st.fixed_dictionaries({"tokenizer": tokenizer_settings}),
+        )
+    )
+    return {**form, **rest, **tokenizer}

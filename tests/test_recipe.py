@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from evomerge.errors import ConfigurationError
-from evomerge.recipe import ConditionalValue, Kind, Recipe, coerce, evaluate
+from evomerge.recipe import ConditionalValue, Kind, Recipe, TokenRow, ZeroRow, coerce, evaluate
 from tests.oracle import MergeConfiguration, ModelReference, evaluate_setting
 from tests.strategies import recipe_data
 from tests.strategies import settings as parameter_settings
@@ -150,6 +150,75 @@ def test_a_setting_is_a_scalar_or_a_list_of_scalars(written: str) -> None:
 def test_tokenizer_and_tokenizer_source_exclude_each_other() -> None:
     (fault,) = faults(f"{MODELS}tokenizer_source: base\ntokenizer: {{source: union}}\n")
     assert "exclude each other" in fault
+
+
+def test_settings_of_the_tokenizer_are_read() -> None:
+    recipe = Recipe.from_yaml(
+        f"{MODELS}tokenizer:\n  source: {{model: {{path: p, revision: r}}}}\n  pad_to_multiple_of: '8'\n"
+        "  tokens:\n    <a>: {source: b, force: 'yes'}\n    <b>: {source: {kind: zero}}\n"
+        "    <c>: {source: {kind: model_token, model: a, token_id: 3.0}}\n    <d>: {}\n"
+    )
+    assert recipe.tokenizer is not None
+    assert (recipe.tokenizer.source, recipe.tokenizer.pad_to_multiple_of) == ("p@r", 8)
+    tokens = recipe.tokenizer.tokens or {}
+    assert [setting.force for setting in tokens.values()] == [True, False, False, False]
+    assert [tokens[token].source for token in ("<a>", "<d>")] == ["b", None]
+    assert isinstance(tokens["<b>"].source, ZeroRow)
+    row = tokens["<c>"].source
+    assert isinstance(row, TokenRow)
+    assert (row.model, row.token, row.token_id) == ("a", None, 3)
+    # As in mergekit, a model is one of the recipe's when it is merged.
+    assert recipe.model_names == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("written", "fault"),
+    [
+        ("{sorce: union}", "r.yml:3: tokenizer.sorce: unknown key (did you mean 'source'?)"),
+        ("base", "r.yml:3: tokenizer: input should be a valid dictionary"),
+        ("{pad_to_multiple_of: 0}", "r.yml:3: tokenizer.pad_to_multiple_of: input should be greater than"),
+        ("{pad_to_multiple_of: x}", "r.yml:3: tokenizer.pad_to_multiple_of: expected a whole number"),
+        ("{tokens: {<a>: b}}", "r.yml:3: tokenizer.tokens.<a>: input should be a valid dictionary"),
+        (
+            "{tokens: {<a>: {sauce: b}}}",
+            "r.yml:3: tokenizer.tokens.<a>.sauce: unknown key (did you mean 'sou",
+        ),
+        ("{tokens: {<a>: {source: 3}}}", "r.yml:3: tokenizer.tokens.<a>.source: input should be a valid str"),
+        ("{tokens: {<a>: {force: maybe}}}", "r.yml:3: tokenizer.tokens.<a>.force: expected true or false"),
+        ("{tokens: {<a>: {force: true}}}", "r.yml:3: tokenizer.tokens.<a>: force: needs a 'source'"),
+        (
+            "{tokens: {<a>: {source: {kind: zeroo}}}}",
+            "r.yml:3: tokenizer.tokens.<a>.source: kind: expected zero or model_token, got 'zeroo'",
+        ),
+        (
+            "{tokens: {<a>: {source: {kind: zero, model: a}}}}",
+            "r.yml:3: tokenizer.tokens.<a>.source.model: unknown key; known keys: kind",
+        ),
+        (
+            "{tokens: {<a>: {source: {kind: model_token, model: a}}}}",
+            "r.yml:3: tokenizer.tokens.<a>.source: expected exactly one of 'token' and 'token_id'",
+        ),
+        (
+            "{tokens: {<a>: {source: {kind: model_token, model: a, token: b, token_id: 1}}}}",
+            "r.yml:3: tokenizer.tokens.<a>.source: expected exactly one of 'token' and 'token_id'",
+        ),
+        (
+            "{tokens: {<a>: {source: {kind: model_token, model: a, tok: b}}}}",
+            "r.yml:3: tokenizer.tokens.<a>.source.tok: unknown key (did you mean 'token'?)",
+        ),
+        (
+            "{tokens: {<a>: {source: {kind: model_token, model: a, token_id: -1}}}}",
+            "r.yml:3: tokenizer.tokens.<a>.source.token_id: input should be greater than or equal to 0",
+        ),
+        (
+            "{tokens: {<a>: {source: {kind: model_token, token_id: 1}}}}",
+            "r.yml:3: tokenizer.tokens.<a>.source.model: missing",
+        ),
+    ],
+)
+def test_faults_of_the_tokenizers_settings_name_their_place(written: str, fault: str) -> None:
+    (found,) = faults(f"{MODELS}tokenizer: {written}\n")
+    assert found.startswith(fault)
 
 
 def test_a_file_holds_one_recipe(tmp_path: Path) -> None:

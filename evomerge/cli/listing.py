@@ -12,16 +12,22 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSO
 
 @click.command()
 @as_json_option
-def methods(as_json: bool) -> None:
+@click.option("--markdown", is_flag=True, help="Print the documentation page docs/methods.md.")
+def methods(as_json: bool, markdown: bool) -> None:
     """List the merge methods with their parameters and references."""
     from evomerge.merge.methods import METHODS
+    from evomerge.report.methods import inputs_in_words, methods_page
 
+    if markdown:
+        click.echo(methods_page(METHODS.values()), nl=False)
+        return
     entries: list[dict[str, Any]] = [
         {
             "name": method.name,
             "summary": method.summary,
             "reference": method.reference,
             "base_model": str(method.base),
+            "inputs": inputs_in_words(method),
             "random": method.random,
             "parameters": [
                 {
@@ -80,6 +86,8 @@ def _show(entries: list[dict[str, Any]], as_json: bool) -> None:
         click.echo(f"{entry['name']}: {entry['summary']}")
         if "reference" in entry:
             click.echo(f"  {entry['reference']}")
+        if "inputs" in entry:
+            click.echo(f"  Takes {entry['inputs']}.")
         for parameter in entry.get("parameters", []):
             default = parameter["default"]
             text = default if default == "required" else f"default {json.dumps(default)}"

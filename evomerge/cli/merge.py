@@ -2,46 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from evomerge.checkpoints.reader import Checkpoint
+    from evomerge.recipe import Recipe
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, written such as 500MB or 2GB."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read the size."""
+        import re
+
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value).strip(), re.IGNORECASE)
+        if match is None or float(match[1]) == 0:
+            self.fail(f"expected a size such as 500MB or 2GB, got {value!r}", param, ctx)
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option(
-    "--shard-size", default="5GB", show_default=True, help="Largest size of one weight file, such as 500MB."
+    "--shard-size",
+    type=Size(),
+    default="5GB",
+    show_default=True,
+    help="Largest size of one weight file, such as 500MB.",
 )
-def merge(recipe: Path, out_dir: Path, shard_size: str) -> None:
-    """Merge RECIPE, evomerge's or mergekit's YAML, into the checkpoint folder OUT_DIR."""
+@click.option(
+    "--memory-budget",
+    type=Size(),
+    help="Largest size of weights in memory at once, such as 2GB, on top of about 350 MB for the process "
+    "itself.  [default: chunks of 4 MB, and whole tensors where a method needs them]",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu or cuda.")
+@click.option(
+    "--intermediate-dir",
+    type=click.Path(path_type=Path),
+    help="Keep the other merges of a file of several recipes here, and use them again when nothing they are "
+    "made from changed.",
+)
+def merge(
+    recipe: Path,
+    out_dir: Path,
+    shard_size: int,
+    memory_budget: int | None,
+    device: str,
+    intermediate_dir: Path | None,
+) -> None:
+    """Merge RECIPE, evomerge's or mergekit's YAML, into the checkpoint folder OUT_DIR.
+
+    RECIPE may hold several documents, as mergekit-multi takes them; the final merge goes to OUT_DIR.
+    """
     from evomerge.cli.display import progress_bar
     from evomerge.merge.export import export_model
-    from evomerge.merge.load import load_recipe
+    from evomerge.merge.multi import merge_all, read_merges
 
-    loaded = load_recipe(recipe)
-    for warning in loaded.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    with progress_bar("merging") as progress:
-        export_model(
-            loaded.recipe,
-            loaded.checkpoints,
-            out_dir,
-            shard_bytes=parse_bytes(shard_size),
-            progress=progress,
-        )
+    def export(
+        each: Recipe, models: Mapping[str, Checkpoint], target: Path, merges: Sequence[Recipe]
+    ) -> None:
+        with progress_bar("merging") as progress:
+            export_model(
+                each,
+                models,
+                target,
+                shard_bytes=shard_size,
+                memory_budget=memory_budget,
+                device=device,
+                merges=merges,
+                warn=warn,
+                progress=progress,
+            )
+
+    def warn(text: object) -> None:
+        click.echo(f"warning: {text}", err=True)
+
+    file = read_merges(recipe)
+    for warning in file.warnings:
+        warn(warning)
+    merge_all(
+        file,
+        out_dir,
+        export,
+        intermediate_dir=intermediate_dir,
+        news=lambda text: click.echo(f"note: {text}", err=True),
+    )
     click.echo(out_dir)
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as 500MB or 2GB as bytes.
-
-    Raises:
-        BadParameter: The text is not a size.
-    """
-    import re
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise click.BadParameter(f"--shard-size: expected a size such as 500MB or 2GB, got {text!r}")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))

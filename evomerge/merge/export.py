@@ -1,4 +1,9 @@
-"""Recipe -> checkpoint on disk, one tensor at a time.
+"""Recipe -> checkpoint on disk, streamed from the sources' files.
+
+    models ─► one vocabulary ─► plan ─┬─► weight files      streaming.py
+                                      ├─► config            config.py
+                                      ├─► tokenizer         vocabulary.py
+                                      └─► recipe, card      card.py
 
 The folder is an ordinary Hugging Face checkpoint: weights, config, generation config, tokenizer, a model
 card with the recipe, and the recipe itself as `mergekit_config.yml`. It appears under its name only when it
@@ -7,19 +12,25 @@ is complete; see `checkpoints/writer.py`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from evomerge.checkpoints.reader import DTYPES, Checkpoint, contained
-from evomerge.checkpoints.tokenizer import difference, same_vocabulary, tokenizer_files
+from evomerge.checkpoints.reader import Checkpoint, read_json
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.errors import CheckpointError, ConfigurationError, Fault
-from evomerge.merge.card import model_card
+from evomerge.merge.card import model_card, recipes_text
 from evomerge.merge.config import merged_config
-from evomerge.merge.execute import is_finite, merge_tensor
-from evomerge.merge.plan import MergePlan, TensorPlan, plan_merge, tied_heads
+from evomerge.merge.layout import tied_heads
+from evomerge.merge.memory import Memory
+from evomerge.merge.plan import plan_merge
+from evomerge.merge.streaming import Progress, check_memory, write_tensors
+from evomerge.merge.vocabulary import align_vocabularies
 from evomerge.recipe import Recipe
+
+GENERATION_CONFIG = "generation_config.json"
+RECIPE = "mergekit_config.yml"
+
+_TIE_CHUNK = 1 << 22
 
 
 def export_model(
@@ -28,7 +39,11 @@ def export_model(
     out_dir: Path,
     *,
     shard_bytes: int = 5 * 10**9,
-    progress: Callable[[int, int], None] | None = None,
+    memory_budget: int | None = None,
+    device: str = "cpu",
+    merges: Sequence[Recipe] = (),
+    warn: Callable[[Fault], None] = lambda _: None,
+    progress: Progress | None = None,
 ) -> None:
     """Merge a recipe into a checkpoint folder.
 
@@ -37,78 +52,68 @@ def export_model(
         checkpoints: Model as the recipe names it -> its checkpoint.
         out_dir: Folder to create; refused when it exists and is not empty.
         shard_bytes: Largest size of one weight file.
-        progress: Called with (tensors done, tensors in all).
+        memory_budget: Bytes of weights in memory at once, sources included, or None for no limit.
+        device: Where the merge is computed, as torch names it.
+        merges: Recipes of the merges that this one names as its models; they go along with it.
+        warn: Called with what is unusual about tokenizers.
+        progress: Called with (bytes merged, bytes in all).
 
     Raises:
         CheckpointError: The models do not fit together, or a merged tensor is not finite.
+        ConfigurationError: A tensor needs more memory than the budget, or there is no such device.
         RefusedError: `out_dir` is not empty.
         EvomergeError: The disk is too small.
     """
-    plan = plan_merge(recipe, checkpoints)
-    donor = checkpoints[_tokenizer_donor(recipe, checkpoints, plan)]
-    config = merged_config(plan, checkpoints)
+    _check_device(device)
+    aligned = align_vocabularies(recipe, checkpoints)
+    for warning in aligned.warnings:
+        warn(warning)
+    sources = aligned.checkpoints
+    plan = plan_merge(recipe, sources)
     for name, checkpoint in checkpoints.items():
         _check_tied_heads(name, checkpoint)
-    expected = sum(_num_bytes(tensor, checkpoints) for tensor in plan.tensors)
-    with CheckpointWriter(out_dir, shard_bytes=shard_bytes, expected_bytes=expected) as writer:
-        for done, tensor_plan in enumerate(plan.tensors, start=1):
-            merged = merge_tensor(tensor_plan, checkpoints)
-            if not is_finite(merged):
-                raise CheckpointError(
-                    Fault(path=tensor_plan.name, reason="the merged tensor holds NaN or infinity")
-                )
-            writer.add(tensor_plan.name, merged)
-            if progress is not None:
-                progress(done, len(plan.tensors))
+    config = aligned.config_changes(merged_config(plan, sources))
+    donor = checkpoints[plan.donor].folder
+    memory = Memory.plan(plan.tensors, sources, memory_budget)
+    with CheckpointWriter(out_dir, shard_bytes=shard_bytes) as writer:
+        check_memory(plan.tensors, sources, memory, device=device)
+        write_tensors(plan.tensors, sources, writer, memory=memory, device=device, progress=progress)
         writer.add_json("config.json", config)
-        for file in tokenizer_files(donor.folder):
-            if not (recipe.chat_template and file.name == "chat_template.jinja"):
-                writer.copy(file)
-        if recipe.chat_template:
-            writer.add_text("chat_template.jinja", recipe.chat_template)
-        folder = checkpoints[plan.donor].folder
-        if (folder / "generation_config.json").exists():
-            writer.copy(contained(folder, "generation_config.json"))
-        writer.add_text("mergekit_config.yml", recipe.to_yaml())
-        writer.add_text("README.md", model_card(recipe))
+        if (donor / GENERATION_CONFIG).exists():
+            writer.add_json(GENERATION_CONFIG, aligned.config_changes(read_json(donor, GENERATION_CONFIG)))
+        aligned.write_tokenizer(writer)
+        writer.add_text(RECIPE, recipes_text(recipe, merges))
+        writer.add_text("README.md", model_card(recipe, checkpoints, merges=merges))
         writer.commit()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    def wrong(reason: str) -> ConfigurationError:
+        return ConfigurationError(f"--device: {reason}, got {device!r}")
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise wrong("expected cpu or cuda") from None
+    if wanted.type not in ("cpu", "cuda"):
+        raise wrong("expected cpu or cuda")
+    found = torch.cuda.device_count() if wanted.type == "cuda" else 1
+    if (wanted.index or 0) >= found:
+        raise wrong(f"this machine has {found} such device{'' if found == 1 else 's'}")
 
 
 def _check_tied_heads(name: str, checkpoint: Checkpoint) -> None:
     for head, embedding in tied_heads(checkpoint).items():
-        if not checkpoint.tensor(head).equal(checkpoint.tensor(embedding)):
-            reason = (
-                f"config.json ties {head} to {embedding}, but they differ; set tie_word_embeddings to what is "
-                "meant"
-            )
-            raise CheckpointError(Fault(path=name, reason=reason))
-
-
-def _num_bytes(plan: TensorPlan, checkpoints: Mapping[str, Checkpoint]) -> int:
-    model, name = plan.inputs[0]
-    stored = DTYPES[checkpoints[model].tensors[name].dtype]
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}.get(plan.dtype or "", stored.itemsize)
-    return math.prod(plan.shape) * itemsize
-
-
-def _tokenizer_donor(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], plan: MergePlan) -> str:
-    """The model whose tokenizer the merged model gets; vocabularies that differ are never mixed silently."""
-    if recipe.tokenizer is not None:
-        reason = "building a tokenizer is not supported yet; use tokenizer_source: base or a model's name"
-        raise ConfigurationError(recipe.fault(("tokenizer",), reason))
-    if recipe.chat_template is not None and "{" not in recipe.chat_template:
-        reason = "only a template's own text is supported so far, not a template's name"
-        raise ConfigurationError(recipe.fault(("chat_template",), reason))
-    wanted = recipe.tokenizer_source
-    chosen = plan.donor if wanted in (None, "base", "union") else str(wanted)
-    if chosen not in checkpoints:
-        reason = f"expected base, union or one of the recipe's models, got {wanted!r}"
-        raise ConfigurationError(recipe.fault(("tokenizer_source",), reason))
-    for name in recipe.model_names:
-        if same_vocabulary(checkpoints[chosen].folder, checkpoints[name].folder) is False:
-            found = difference(checkpoints[chosen].folder, checkpoints[name].folder)
-            reason = (
-                f"its vocabulary differs from that of {chosen}: {found}; sources must share one vocabulary"
-            )
-            raise CheckpointError(Fault(path=name, reason=reason))
-    return chosen
+        ours, theirs = checkpoint.tensor(head).view(-1), checkpoint.tensor(embedding).view(-1)
+        for first in range(0, ours.numel(), _TIE_CHUNK):
+            same = ours[first : first + _TIE_CHUNK].equal(theirs[first : first + _TIE_CHUNK])
+            for tensor in (head, embedding):
+                checkpoint.release(tensor, first, _TIE_CHUNK)
+            if not same:
+                reason = (
+                    f"config.json ties {head} to {embedding}, but they differ; set tie_word_embeddings to what "
+                    "is meant"
+                )
+                raise CheckpointError(Fault(path=name, reason=reason))

@@ -2,16 +2,19 @@
 
 The model is loaded once and stays; every candidate overwrites all of its parameters in place. A parameter
 that no tensor of the recipe reaches, or a tensor that no parameter takes, is an error, so that no candidate
-can be scored on weights left over from another.
+can be scored on weights left over from another. `live_mapping` finds where each tensor lies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from evomerge.errors import CheckpointError, Fault
-from evomerge.merge.execute import TensorSource, is_finite, merge_tensor
+from evomerge.merge.bank import Bank, TensorSource
+from evomerge.merge.execute import PreparedTensor, is_finite, prepare_tensor, why_not_finite
+from evomerge.merge.live_mapping import Place, live_targets, place
 from evomerge.merge.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -28,54 +31,78 @@ class LiveModel:
 
     Args:
         model: The transformers model; its parameters are changed in place and never reallocated.
+
+    Attributes:
+        model: That model.
+        targets: Name of a tensor in a checkpoint -> view of the live parameter that holds it.
+
+    Raises:
+        CheckpointError: The model holds its weights in a form that a checkpoint cannot be written to.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._targets: dict[str, Tensor] = {
-            name: tensor.data for name, tensor in model.state_dict(keep_vars=True).items()
-        }
-        self._names_by_storage: dict[int, list[str]] = {}
-        for name, tensor in self._targets.items():
-            self._names_by_storage.setdefault(tensor.data_ptr(), []).append(name)
+        self.targets: Mapping[str, Tensor] = MappingProxyType(live_targets(model))
+        self._names_by_place: dict[Place, list[str]] = {}
+        for name, tensor in self.targets.items():
+            self._names_by_place.setdefault(place(tensor), []).append(name)
 
-    def write(self, plan: MergePlan, sources: Mapping[str, TensorSource]) -> None:
+    def write(self, plan: MergePlan, sources: Bank | Mapping[str, TensorSource]) -> None:
         """Merge every tensor of the plan into the model.
 
         Args:
             plan: The planned recipe.
-            sources: Model as the recipe names it -> its tensors.
+            sources: The bank, on the model's device; or model as the recipe names it -> its tensors.
 
         Raises:
             CheckpointError: The plan and the model do not cover each other.
             NonFiniteWeightsError: A merged tensor is not finite; the model then holds a partial candidate.
         """
         self._check_cover(plan)
-        written: dict[int, str] = {}
+        bank = sources if isinstance(sources, Bank) else Bank(sources)
+        written: dict[Place, str] = {}
         for tensor_plan in plan.tensors:
-            name, target = tensor_plan.name, self._targets[tensor_plan.name]
-            # In the model's own type, which may hold less than the plan's.
-            merged = merge_tensor(tensor_plan, sources).to(target.dtype)
-            if not is_finite(merged):
-                raise NonFiniteWeightsError(f"{name}: the merged tensor holds NaN or infinity")
-            other = written.setdefault(target.data_ptr(), name)
-            if other == name:
-                target.copy_(merged)
-            elif not target.equal(merged.to(target.device)):
-                reason = f"the model ties it to {other}, but the recipe merges the two differently"
-                raise CheckpointError(Fault(path=name, reason=reason))
+            name, target = tensor_plan.name, self.targets[tensor_plan.name]
+            prepared = prepare_tensor(tensor_plan, bank)
+            other = written.setdefault(place(target), name)
+            if other == name and prepared.dtype == target.dtype and target.is_contiguous():
+                finite = prepared.write(target.view(-1))
+            else:
+                finite = self._write_through(prepared, target, other)
+            if not finite:
+                raise NonFiniteWeightsError(f"{name}: {why_not_finite(prepared)}")
+
+    def _write_through(self, prepared: PreparedTensor, target: Tensor, other: str) -> bool:
+        """By way of a tensor of the plan's type, which may hold less or more than the model's.
+
+        Args:
+            prepared: What to compute.
+            target: Where it belongs.
+            other: The tensor that was written there first; another name means that the two are tied.
+        """
+        import torch
+
+        merged = torch.empty(prepared.plan.shape, dtype=prepared.dtype, device=target.device)
+        prepared.write(merged.view(-1))
+        converted = merged.to(target.dtype)
+        if other == prepared.plan.name:
+            target.copy_(converted)
+        elif not target.equal(converted):
+            reason = f"the model ties it to {other}, but the recipe merges the two differently"
+            raise CheckpointError(Fault(path=prepared.plan.name, reason=reason))
+        return is_finite(converted)
 
     def poison(self) -> None:
         """Overwrite every floating-point parameter with NaN; what a candidate leaves unwritten then shows."""
-        for tensor in self._targets.values():
+        for tensor in self.targets.values():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
 
     def _check_cover(self, plan: MergePlan) -> None:
         faults = []
-        reached: set[int] = set()
+        reached: set[Place] = set()
         for tensor_plan in plan.tensors:
-            target = self._targets.get(tensor_plan.name)
+            target = self.targets.get(tensor_plan.name)
             if target is None:
                 reason = "the loaded model has no parameter of this name"
                 faults.append(Fault(path=tensor_plan.name, reason=reason))
@@ -83,9 +110,9 @@ class LiveModel:
                 reason = f"merged shape {list(tensor_plan.shape)}, the loaded model's is {list(target.shape)}"
                 faults.append(Fault(path=tensor_plan.name, reason=reason))
             else:
-                reached.add(target.data_ptr())
-        for storage, names in self._names_by_storage.items():
-            if storage not in reached:
+                reached.add(place(target))
+        for where, names in self._names_by_place.items():
+            if where not in reached:
                 faults.append(Fault(path=names[0], reason="no tensor of the recipe reaches this parameter"))
         if faults:
             raise CheckpointError(faults)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.reference import ModelReference, resolve
-from evomerge.errors import ConfigurationError, Fault
+from evomerge.errors import ConfigurationError, Fault, nearest
 from evomerge.merge.check import check_recipe
 from evomerge.merge.plan import MergePlan, plan_merge
+from evomerge.merge.vocabulary import align_vocabularies
 from evomerge.recipe import Recipe
 
 
@@ -42,20 +44,24 @@ def load_recipe(path: Path) -> LoadedRecipe:
     recipe = Recipe.read(path)
     warnings = check_recipe(recipe)
     checkpoints = open_models(recipe, path.resolve().parent)
+    aligned = align_vocabularies(recipe, checkpoints)
     return LoadedRecipe(
         recipe=recipe,
         checkpoints=checkpoints,
-        plan=plan_merge(recipe, checkpoints),
-        warnings=tuple(warnings),
+        plan=plan_merge(recipe, aligned.checkpoints),
+        warnings=(*warnings, *aligned.warnings),
     )
 
 
-def open_models(recipe: Recipe, folder: Path) -> dict[str, Checkpoint]:
+def open_models(
+    recipe: Recipe, folder: Path, merges: Mapping[str, Path | None] = MappingProxyType({})
+) -> dict[str, Checkpoint]:
     """Open every model a recipe names.
 
     Args:
         recipe: The recipe.
         folder: Where relative paths are looked for first.
+        merges: Name of a merge that counts as a model -> its checkpoint's folder, or None to pass it over.
 
     Raises:
         ConfigurationError: Carries one fault per model that cannot be opened.
@@ -65,13 +71,16 @@ def open_models(recipe: Recipe, folder: Path) -> dict[str, Checkpoint]:
     places = {source.model: (*place, "model") for place, source in recipe.inputs()}
     for name in recipe.model_names:
         place = places.get(name, ("base_model",))
+        merged = merges.get(name)
+        if name in merges and merged is None:
+            continue
         try:
-            checkpoints[name] = Checkpoint.open(resolve(ModelReference.parse(name), roots=[folder]))
+            checkpoints[name] = Checkpoint.open(merged or resolve(ModelReference.parse(name), roots=[folder]))
         except ConfigurationError as error:
             for fault in error.faults:
                 text = f"{fault.path}: {fault.reason}" if fault.path else fault.reason
                 where = f"{fault.file}: " if fault.file else ""
-                faults.append(recipe.fault(place, where + text))
+                faults.append(recipe.fault(place, where + text + nearest(name, merges)))
         except ValueError as error:
             faults.append(recipe.fault(place, str(error)))
     if faults:

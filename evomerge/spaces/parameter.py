@@ -69,8 +69,9 @@ class ParameterSpace:
             shared = self._parameters(genome, None)
         else:
             recipe["slices"] = [self._slice(genome, block, blocks) for block in range(blocks)]
-        if self._method.base is BasePolicy.REQUIRED:
-            recipe["base_model"] = self._sources.base
+        base = _base(self._method, self._sources)
+        if base is not None:
+            recipe["base_model"] = base
         recipe |= _if_any({**self._settings.constants, **shared})
         recipe["dtype"] = "float32"
         recipe["out_dtype"] = self._sources.dtype
@@ -81,8 +82,9 @@ class ParameterSpace:
         layers = self._sources.num_layers
         span = [block * layers // blocks, (block + 1) * layers // blocks]
         sources = [self._source(genome, model, block) for model in self._sources.models]
-        if self._method.base is BasePolicy.REQUIRED and self._sources.base not in self._sources.models:
-            sources.append({"model": self._sources.base})
+        base = _base(self._method, self._sources)
+        if base is not None and base not in self._sources.models:
+            sources.append({"model": base})
         return {
             "sources": [{**source, "layer_range": span} for source in sources],
             **_if_any(self._parameters(genome, None, block)),
@@ -136,7 +138,7 @@ class ParameterSpace:
         return [
             model
             for model in self._sources.models
-            if parameter.scope is Scope.MODEL or model != self._sources.base
+            if parameter.scope is Scope.MODEL or model != _base(self._method, self._sources)
         ]
 
     def _positions(self, group: Group) -> list[int]:
@@ -224,13 +226,16 @@ class ParameterSpace:
             if model not in sources.models:
                 reason = f"not one of the experiment's models{nearest(model, sources.models)}"
                 yield ("sources", model), f"{reason}; these are {', '.join(sources.models)}"
-        needs_base = method.base is BasePolicy.REQUIRED
-        if needs_base and sources.base is None:
+        if method.base is BasePolicy.REQUIRED and sources.base is None:
             yield ("merge_method",), f"{method.name} needs the experiment to name a base_model"
-        count = len(sources.models) + (needs_base and sources.base not in sources.models)
-        if count < method.min_models or count > (method.max_models or count):
-            expected = f"{method.min_models} to {method.max_models or 'any number of'}"
-            reason = f"{method.name} takes {expected} models, the base counted; the experiment has {count}"
+        base = _base(method, sources)
+        others = sum(model != base for model in sources.models)
+        if others < method.min_others or others > (method.max_others or others):
+            fewest, most = method.min_others, method.max_others
+            count = f"{fewest}" if most == fewest else f"{fewest} to {most or 'any number of'}"
+            noun = "model" if most == 1 else "models"
+            besides = "" if base is None else " besides the base"
+            reason = f"{method.name} takes {count} {noun}{besides}; the experiment has {others}"
             yield ("merge_method",), reason
         blocks = settings.depth.blocks if settings.depth else None
         if blocks is not None and blocks > sources.num_layers:
@@ -241,3 +246,8 @@ class ParameterSpace:
 def _if_any(parameters: dict[str, Any]) -> dict[str, Any]:
     """An entry `parameters` of a recipe, unless there are none."""
     return {"parameters": parameters} if parameters else {}
+
+
+def _base(method: Method, sources: SourceModels) -> str | None:
+    """The base model that recipes name: the experiment's, unless the method has no use for one."""
+    return None if method.base is BasePolicy.IGNORED else sources.base

@@ -84,8 +84,8 @@ def worker_memory(tensor_sizes: Iterable[int], *, itemsize: float, num_models: i
     """Bytes one worker needs at most.
 
     That is its live model, and beside it either float32 copies of the largest tensor of every model while it
-    merges, or another model while it scores a checkpoint. The sources themselves are memory-mapped and
-    shared between the workers of a host.
+    merges with a method that has no kernel, or another model while it scores a checkpoint. The sources
+    themselves are memory-mapped and shared between the workers of a host.
 
     Args:
         tensor_sizes: Number of elements of every tensor.

@@ -48,6 +48,8 @@ class WorkerSpec:
         device: Torch device of the live model.
         threads: CPU threads.
         allow_task_code: Whether task files may run Python code.
+        statistics: Folder with statistics of the sources, shared by the workers of a host, or None.
+        memory_budget: Bytes of source tensors to keep on a device other than the CPU, or None for all.
     """
 
     models: Mapping[str, Path]
@@ -59,6 +61,8 @@ class WorkerSpec:
     device: str
     threads: int
     allow_task_code: bool = False
+    statistics: Path | None = None
+    memory_budget: int | None = None
 
 
 class WorkerPool(Protocol):

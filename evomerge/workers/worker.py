@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import EvomergeError
 from evomerge.fitness.base import DocumentSet, Evaluator, NonFiniteLogitsError, Scores
+from evomerge.merge.bank import Bank
 from evomerge.merge.live import LiveModel, NonFiniteWeightsError
 from evomerge.merge.plan import plan_merge
 from evomerge.records import Outcome, Status
@@ -44,6 +45,9 @@ class Worker:
         self._build_evaluator = build_evaluator or _harness(spec)
         model, tokenizer = load_model(spec.models[spec.donor], spec)
         self._live = LiveModel(model)
+        self._bank = Bank(
+            self._sources, device=spec.device, statistics=spec.statistics, budget=spec.memory_budget
+        )
         self._evaluator = self._build_evaluator(model, tokenizer)
 
     @property
@@ -59,7 +63,7 @@ class Worker:
                 materialised, scores = self._score_checkpoint(job.checkpoint, job.documents)
             else:
                 assert job.recipe is not None
-                self._live.write(plan_merge(job.recipe, self._sources), self._sources)
+                self._live.write(plan_merge(job.recipe, self._sources), self._bank)
                 materialised = time.perf_counter()
                 scores = self._evaluator.evaluate(job.documents)
         except (NonFiniteWeightsError, NonFiniteLogitsError, EvomergeError) as error:

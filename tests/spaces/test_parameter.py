@@ -145,6 +145,20 @@ def test_a_method_without_base_gets_none(tiny_zoo: Path) -> None:
     assert weights(plans(found, [0.25, 0.75])["model.norm.weight"]) == [0.25, 0.75]
 
 
+@pytest.mark.parametrize("more", ["", "depth: {blocks: 2}\n"])
+def test_a_method_that_can_use_a_base_gets_the_experiments(tiny_zoo: Path, more: str) -> None:
+    text = "type: parameter\nmerge_method: nuslerp\nparameters: {weight: {low: 0, high: 1}}\n" + more
+    given = sources(tiny_zoo)
+    found = space(text, given)
+    recipe = found.decode(tuple(dimension.start for dimension in found.dimensions))
+    assert recipe.base_model == given.base
+    check_recipe(recipe)
+    without = space(text, sources(tiny_zoo, base=None))
+    recipe = without.decode(tuple(dimension.start for dimension in without.dimensions))
+    assert recipe.base_model is None
+    assert len(without.dimensions) == len(found.dimensions)
+
+
 def test_groups_give_every_tensor_the_number_of_its_first_group(tiny_zoo: Path) -> None:
     found = space(DARE + GROUPS, sources(tiny_zoo))
     of_one, of_two = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
@@ -286,7 +300,7 @@ def test_the_models_must_suit_the_method() -> None:
     assert found == "s.yml:2: merge_method: dare_ties needs the experiment to name a base_model"
     slerp = "type: parameter\nmerge_method: slerp\nparameters: {t: {low: 0, high: 1}}\n"
     (found,) = faults(slerp)
-    assert found.endswith("slerp takes 2 to 2 models, the base counted; the experiment has 3")
+    assert found.endswith("slerp takes 1 model besides the base; the experiment has 2")
     assert faults(slerp, sources(names="base")) != []
     assert names(space(slerp, sources(names="one base"))) == ["t"]
 

@@ -21,6 +21,7 @@ from evomerge.workers import DeferredPool, worker_memory
 from evomerge.workers.base import Job, WorkerPool, WorkerSpec
 from evomerge.workers.inline import InlinePool
 from evomerge.workers.worker import Worker
+from tests.merge.models import variant
 from tests.tiny import make_model
 
 DOCUMENTS = (
@@ -241,3 +242,52 @@ def test_metrics_are_plain_mappings_that_travel_between_processes(fake_worker: W
     outcome = score(fake_worker, recipe(0.5))
     assert pickle.loads(pickle.dumps(outcome)) == outcome
     assert isinstance(outcome.metrics, Mapping)
+
+
+TIES = Recipe.from_dict(
+    {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": name, "parameters": {"weight": 0.5, "density": 0.4}} for name in ("one", "two")],
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+)
+
+
+def fake(spec: WorkerSpec) -> Worker:
+    return Worker(spec, lambda model, _tokenizer: FakeEvaluator(model, spec.metrics))
+
+
+def test_statistics_of_the_sources_are_computed_once_for_all_workers_of_a_run(
+    spec: WorkerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = replace(spec, statistics=tmp_path / "statistics")
+    job = Job(number=0, documents=DOCUMENTS, recipe=TIES)
+    first = fake(kept).run(job)
+    assert len(list(kept.statistics.rglob("*.npy"))) > 2  # type: ignore[union-attr]
+
+    def no_histogram(*_: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("evomerge.merge.kernels.cpu.histogram", no_histogram)
+    assert content(fake(kept).run(job)) == content(first)
+    assert fake(spec).run(job).status is Status.FAILED  # without the folder it has to
+
+
+def test_a_memory_budget_changes_no_score(spec: WorkerSpec) -> None:
+    job = Job(number=0, documents=DOCUMENTS, recipe=TIES)
+    assert content(fake(replace(spec, memory_budget=1)).run(job)) == content(fake(spec).run(job))
+
+
+def test_nan_in_a_source_makes_the_candidate_invalid_and_is_named(spec: WorkerSpec, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state[name][0, 0] = float("nan")
+
+    spoilt = variant(Path(spec.models["two"]), tmp_path / "two", change=spoil)
+    damaged = replace(spec, models={**spec.models, "two": spoilt})
+    outcome = fake(damaged).run(Job(number=0, documents=DOCUMENTS, recipe=recipe(0.5)))
+    assert outcome.status is Status.INVALID
+    assert f"as {name} of two does" in outcome.reason
