@@ -21,7 +21,7 @@ from table import write_table
 from zoo import NAMES, in_memory, recipe_of
 
 from evomerge.merge.bank import Bank
-from evomerge.merge.execute import prepare_tensor
+from evomerge.merge.execute import compute
 from evomerge.merge.plan import plan_merge
 from evomerge.recipe import Recipe
 
@@ -58,8 +58,9 @@ def main() -> None:
         for step in range(REPEATS + 1):
             recipe = Recipe.from_dict(recipe_of(method, {name: name for name in NAMES}, shift=step / 1000))
             started = time.perf_counter()
-            for plan in plan_merge(recipe, checkpoints).tensors:
-                prepare_tensor(plan, bank).write(live[plan.name].view(-1))
+            plan = plan_merge(recipe, checkpoints)
+            wanted = [(tensor_plan, live[tensor_plan.name].view(-1)) for tensor_plan in plan.tensors]
+            assert compute(wanted, bank) is None
             ours.append(time.perf_counter() - started)
         started = time.perf_counter()
         with warnings.catch_warnings():

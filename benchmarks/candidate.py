@@ -21,7 +21,7 @@ from table import write_table
 from zoo import in_memory, num_bytes, recipe_of
 
 from evomerge.merge.bank import Bank
-from evomerge.merge.execute import prepare_tensor
+from evomerge.merge.execute import compute
 from evomerge.merge.plan import plan_merge
 from evomerge.recipe import Recipe
 
@@ -66,8 +66,8 @@ def measure(size: str, device: str) -> list[list[str]]:
             started = time.perf_counter()
             plan = plan_merge(recipe, checkpoints)
             planned = time.perf_counter()
-            for tensor_plan in plan.tensors:
-                prepare_tensor(tensor_plan, bank).write(live[tensor_plan.name].view(-1))
+            wanted = [(tensor_plan, live[tensor_plan.name].view(-1)) for tensor_plan in plan.tensors]
+            assert compute(wanted, bank) is None
             return started, planned
 
         first = seconds(lambda: candidate(0), device)

@@ -67,6 +67,7 @@ class Bank:
         self._budget = budget
         self._resident: dict[Key, Tensor] = {}
         self._resident_bytes = 0
+        self._histograms: dict[tuple[Key, Key], Histogram] = {}
         self._ranks: dict[tuple[Key, Key], Tensor] = {}
 
     def tensor(self, key: Key) -> Tensor:
@@ -101,6 +102,9 @@ class Bank:
 
     def histogram(self, source: Key, base: Key) -> Histogram:
         """Magnitude histogram of the task vector of a source."""
+        known = self._histograms.get((source, base))
+        if known is not None:
+            return known
 
         def compute() -> NDArray[Any]:
             if not self._counts_there:
@@ -111,7 +115,9 @@ class Bank:
                 ).table
             return Histogram.of_pieces(self._task_vector(source, base)).table
 
-        return Histogram(self._store.get("histogram", [source], base, compute))
+        found = Histogram(self._store.get("histogram", [source], base, compute))
+        self._histograms[source, base] = found
+        return found
 
     def gram(
         self, tensors: Sequence[Key], base: int | None, kind: GramKind, axis: Axis

@@ -9,12 +9,13 @@ Everything is computed in float32 and rounded once, to the plan's type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evomerge.errors import CheckpointError, Fault
 from evomerge.merge.bank import Bank, TensorSource
+from evomerge.merge.kernels.threads import spread
 from evomerge.merge.methods import MergeInputs
 from evomerge.merge.methods.base import CombinationInputs, TaskVectorInputs
 from evomerge.merge.methods.task_vectors import Ranked, TaskVectorSum
@@ -29,11 +30,15 @@ if TYPE_CHECKING:
 PIECE = 1 << 16
 """Elements that an elementwise formula is given at once: its temporaries stay in the processor's cache."""
 
+PART = 1 << 22
+"""Elements that a thread computes at once, in one tensor or in several."""
+
 __all__ = [
     "PIECE",
     "Bank",
     "PreparedTensor",
     "TensorSource",
+    "compute",
     "is_finite",
     "merge_tensor",
     "prepare_tensor",
@@ -99,7 +104,10 @@ class PreparedTensor:
             return is_finite(out)
         if self.operation is None:
             return self._write_formula(out, first)
-        return _kernel(out)(self.operation, self._elements().part(first, end), out)
+        elements = self._elements()
+        if out.numel() < elements.count:
+            elements = elements.part(first, end)
+        return _kernel(out)(self.operation, elements, out)
 
     def _elements(self) -> Elements:
         from evomerge.merge.kernels.reference import Elements
@@ -154,6 +162,50 @@ def prepare_tensor(plan: TensorPlan, bank: Bank) -> PreparedTensor:
         ranked = [term.source for term in operation.terms if isinstance(term.keep, Ranked)]
         ranks = {source: bank.ranks(plan.inputs[source], plan.inputs[plan.base or 0]) for source in ranked}
     return PreparedTensor(plan=plan, tensors=tensors, operation=operation, ranks=ranks)
+
+
+def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> PreparedTensor | None:
+    """Compute many tensors, on the CPU several at once.
+
+    Args:
+        wanted: Plan and where the result goes, flat, contiguous and of the plan's type.
+        bank: The sources.
+
+    Returns:
+        The first tensor whose result is not finite, if there is one; those after it may be unwritten.
+    """
+    if bank.device != "cpu":
+        return _first_flawed((prepare_tensor(plan, bank), out, 0) for plan, out in wanted)
+    parts = [part for plan, out in wanted for part in _parts(prepare_tensor(plan, bank), out)]
+    # Batches of many tensors, as waking a thread takes as long as computing a small one.
+    batches = spread(_first_flawed, _batches(parts))
+    return next((flawed for flawed in batches if flawed is not None), None)
+
+
+Part = tuple[PreparedTensor, "Tensor", int]
+"""A tensor, where a run of its elements goes, and the position of the first."""
+
+
+def _first_flawed(parts: Iterable[Part]) -> PreparedTensor | None:
+    return next((prepared for prepared, out, first in parts if not prepared.write(out, first)), None)
+
+
+def _parts(prepared: PreparedTensor, out: Tensor) -> list[Part]:
+    step = PART if prepared.divisible else max(1, prepared.numel)
+    return [(prepared, out[first : first + step], first) for first in range(0, prepared.numel, step)]
+
+
+def _batches(parts: Sequence[Part]) -> list[list[Part]]:
+    batches: list[list[Part]] = []
+    room = 0
+    for part in parts:
+        size = part[1].numel()
+        if size > room:
+            batches.append([])
+            room = PART
+        batches[-1].append(part)
+        room -= size
+    return batches
 
 
 def merge_tensor(plan: TensorPlan, sources: Bank | Mapping[str, TensorSource]) -> Tensor:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from evomerge.errors import CheckpointError, Fault
 from evomerge.merge.bank import Bank, TensorSource
-from evomerge.merge.execute import PreparedTensor, is_finite, prepare_tensor, why_not_finite
+from evomerge.merge.execute import PreparedTensor, compute, is_finite, prepare_tensor, why_not_finite
 from evomerge.merge.live_mapping import Place, live_targets, place
-from evomerge.merge.plan import MergePlan
+from evomerge.merge.plan import MergePlan, TensorPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,17 +60,23 @@ class LiveModel:
         """
         self._check_cover(plan)
         bank = sources if isinstance(sources, Bank) else Bank(sources)
+        direct: list[tuple[TensorPlan, Tensor]] = []
+        others: list[tuple[TensorPlan, Tensor, str]] = []
         written: dict[Place, str] = {}
         for tensor_plan in plan.tensors:
-            name, target = tensor_plan.name, self.targets[tensor_plan.name]
-            prepared = prepare_tensor(tensor_plan, bank)
-            other = written.setdefault(place(target), name)
-            if other == name and prepared.dtype == target.dtype and target.is_contiguous():
-                finite = prepared.write(target.view(-1))
+            target = self.targets[tensor_plan.name]
+            first = written.setdefault(place(target), tensor_plan.name)
+            if first == tensor_plan.name and _takes(target, tensor_plan):
+                direct.append((tensor_plan, target.view(-1)))
             else:
-                finite = self._write_through(prepared, target, other)
-            if not finite:
-                raise NonFiniteWeightsError(f"{name}: {why_not_finite(prepared)}")
+                others.append((tensor_plan, target, first))
+        flawed = compute(direct, bank)
+        if flawed is not None:
+            raise NonFiniteWeightsError(f"{flawed.plan.name}: {why_not_finite(flawed)}")
+        for tensor_plan, target, first in others:
+            prepared = prepare_tensor(tensor_plan, bank)
+            if not self._write_through(prepared, target, first):
+                raise NonFiniteWeightsError(f"{tensor_plan.name}: {why_not_finite(prepared)}")
 
     def _write_through(self, prepared: PreparedTensor, target: Tensor, other: str) -> bool:
         """By way of a tensor of the plan's type, which may hold less or more than the model's.
@@ -116,3 +122,8 @@ class LiveModel:
                 faults.append(Fault(path=names[0], reason="no tensor of the recipe reaches this parameter"))
         if faults:
             raise CheckpointError(faults)
+
+
+def _takes(target: Tensor, plan: TensorPlan) -> bool:
+    """Whether results can be written straight into the target; tensors that are copied may change their type."""
+    return target.is_contiguous() and str(target.dtype) == f"torch.{plan.dtype}"

@@ -17,7 +17,7 @@ from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError, ConfigurationError, Fault
 from evomerge.merge.layout import Layout, layout_of
 from evomerge.merge.methods import METHODS, Method, Parameter, Scope
-from evomerge.recipe import InputModel, InputSlice, Module, OutputSlice, Parameters, Recipe, coerce, evaluate
+from evomerge.recipe import InputModel, InputSlice, Module, OutputSlice, Parameters, Recipe, evaluate
 
 MAX_FAULTS = 20
 """Models of different architectures disagree in every tensor; the first faults tell enough."""
@@ -115,7 +115,8 @@ class _Planner:
                 self.layouts[name] = layout_of(checkpoints[name])
             except ValueError as error:
                 raise CheckpointError(Fault(path=name, reason=str(error))) from None
-        self.known: dict[tuple[str, int, int], tuple[bool, bool | int | float | None]] = {}
+        # Slice, base and input, or None for what inputs share -> their parameters, if they are fixed.
+        self.same: dict[tuple[int, int | None, int | None], Mapping[str, bool | int | float | None]] = {}
         self.module, self.pieces = self.output_slices()
         self.donor = recipe.base_model or self.pieces[0].sources[0].model
 
@@ -239,46 +240,53 @@ class _Planner:
             inputs=inputs,
             base=base,
             method=self.method,
-            shared={
-                parameter.name: self.value(parameter, name, place, None)
-                for parameter in self.method.parameters
-                if parameter.scope is Scope.RECIPE
-            },
+            shared=self.parameters(place, name, base, None),
             values=tuple(
-                {
-                    parameter.name: self.value(parameter, tensor, place, source)
-                    for parameter in self.method.parameters
-                    if parameter.scope is Scope.MODEL or (parameter.scope is Scope.NON_BASE and index != base)
-                }
-                for index, (source, (_, tensor)) in enumerate(zip(sources, inputs, strict=True))
+                self.parameters(place, tensor, base, index) for index, (_, tensor) in enumerate(inputs)
             ),
             seed=self.recipe.evomerge.seed,
         )
 
-    def value(
-        self, parameter: Parameter, tensor_name: str, place: _Place, source: InputSlice | None
-    ) -> bool | int | float | None:
-        levels: list[Parameters | None] = [
+    def parameters(
+        self, place: _Place, tensor_name: str, base: int | None, index: int | None
+    ) -> Mapping[str, bool | int | float | None]:
+        """Values of the parameters of one input, or with None of those that all share."""
+        key = (id(place.piece), base, index)
+        if key in self.same:
+            return self.same[key]
+        source = None if index is None else place.piece.sources[index]
+        scopes = (
+            {Scope.RECIPE} if index is None else {Scope.MODEL, *([Scope.NON_BASE] if index != base else [])}
+        )
+        levels = [
             source.parameters if source is not None else None,
             place.piece.parameters,
             place.module.parameters if place.module is not None else None,
             self.recipe.parameters,
         ]
-        fixed, value = self.fixed(parameter, place, source, levels)
-        if fixed:
-            return value
+        wanted = [parameter for parameter in self.method.parameters if parameter.scope in scopes]
+        found = {
+            parameter.name: self.value(parameter, tensor_name, place, source, levels) for parameter in wanted
+        }
+        # Most settings are the same for all tensors of a slice, and looking them up again for every tensor
+        # would take most of the time of planning.
+        if all(_is_fixed(parameter, levels) for parameter in wanted):
+            self.same[key] = found
+        return found
+
+    def value(
+        self,
+        parameter: Parameter,
+        tensor_name: str,
+        place: _Place,
+        source: InputSlice | None,
+        levels: Sequence[Parameters | None],
+    ) -> bool | int | float | None:
         for level in levels:
             if level and parameter.name in level:
-                try:
-                    value = evaluate(
-                        level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
-                    )
-                except ValueError as error:
-                    # Between two whole numbers a gradient of counts may be none.
-                    reason = f"{error} for the tensor {tensor_name}"
-                    raise ConfigurationError(
-                        self.recipe.fault(("parameters", parameter.name), reason)
-                    ) from None
+                value = evaluate(
+                    level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
+                )
                 if value is not None:
                     return parameter.check(value)
         if parameter.required:
@@ -287,24 +295,10 @@ class _Planner:
             raise ConfigurationError(self.recipe.fault(("parameters", parameter.name), reason))
         return parameter.default
 
-    def fixed(
-        self,
-        parameter: Parameter,
-        place: _Place,
-        source: InputSlice | None,
-        levels: Sequence[Parameters | None],
-    ) -> tuple[bool, bool | int | float | None]:
-        """Whether the parameter has one value for all tensors of a slice, and that value."""
-        # Most have, and most of the time of planning would go into finding it again for every tensor.
-        key = (parameter.name, id(place.piece), id(source))
-        if key not in self.known:
-            first = next(
-                (level[parameter.name] for level in levels if level and parameter.name in level), None
-            )
-            if first is None:
-                self.known[key] = (not parameter.required, parameter.default)
-            elif first[0].filter in (None, "*") and not isinstance(first[0].value, list):
-                self.known[key] = (True, parameter.check(coerce(first[0].value, parameter.kind)))
-            else:
-                self.known[key] = (False, None)
-        return self.known[key]
+
+def _is_fixed(parameter: Parameter, levels: Sequence[Parameters | None]) -> bool:
+    """Whether a parameter has one value for all tensors of a slice: a number without filter, or none at all."""
+    setting = next((level[parameter.name] for level in levels if level and parameter.name in level), None)
+    if setting is None:
+        return not parameter.required
+    return bool(setting) and setting[0].filter in (None, "*") and not isinstance(setting[0].value, list)

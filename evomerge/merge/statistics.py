@@ -89,7 +89,7 @@ def _read(path: Path) -> NDArray[Any] | None:
     """The array, mapped; None if there is none or it is damaged."""
     try:
         # Copy on write: pages are shared between processes, and torch asks for memory it may write to.
-        array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
+        array: NDArray[Any] = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
     except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError):  # all of them NumPy's
         return None
     return array

@@ -72,7 +72,7 @@ def test_a_second_run_reads_the_file_and_maps_it(dtype: type, shape: tuple[int, 
         np.testing.assert_array_equal(found, array)
         assert found.dtype == dtype
         # The first process, too, gives back the memory it computed in.
-        assert isinstance(found, np.memmap)
+        assert isinstance(found.base, np.memmap)
     (file,) = files(tmp_path)
     assert file.suffix == ".npy"
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from evomerge.merge.counter_hash import keys
 from evomerge.merge.histogram import NUM_BINS, Band, Cut, Histogram
 from evomerge.merge.kernels import reference
 from evomerge.merge.kernels.reference import Elements, Operation
+from evomerge.merge.kernels.threads import num_threads, spread
 from evomerge.merge.methods.base import Axis, Combination
 from evomerge.merge.methods.task_vectors import Random, Ranked, TaskVectorSum, Term, ranked_line
 
@@ -27,8 +26,6 @@ BLOCK = 1 << 22
 """Elements that statistics look at before they say that they are done with them."""
 _OVERFLOW = {2: 0x7F7F8000, 4: 0x7F800000}
 """Size of the output's type -> smallest float32 pattern that is not finite in it."""
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def run(operation: Operation, elements: Elements, out: Tensor) -> bool:
@@ -68,23 +65,23 @@ def _run_converted(operation: Operation, elements: Elements, out: Tensor) -> boo
     return finite
 
 
-@np.errstate(over="ignore")  # extreme parameters become infinity, which the result then shows
 def _run(operation: Operation, elements: Elements, out: Tensor) -> bool:
+    count, limit = elements.count, _OVERFLOW[out.itemsize]
+    if elements.first % 2**32 + count <= 2**32:
+        return _run_within(operation, elements, out) < limit
+    parts = _below_2_32(elements.first, count)
+    return all(_run_within(operation, elements.part(*part), out[slice(*part)]) < limit for part in parts)
+
+
+def _run_within(operation: Operation, elements: Elements, out: Tensor) -> int:
+    """A run that crosses no multiple of 2^32; returns the largest bit pattern of an absolute result."""
     tensors = tuple(flat(tensor) for tensor in elements.tensors)
-    largest = 0
-    for start, end in _below_2_32(elements.first, elements.count):
-        parts = tuple(tensor[start:end] for tensor in tensors)
-        target = flat(out)[start:end]
-        first = elements.first + start
-        if isinstance(operation, TaskVectorSum):
-            ranks = {source: flat(values[start:end]) for source, values in elements.ranks.items()}
-            top = _sum_task_vectors(operation, elements, target, parts, ranks, first)
-        elif operation.axis is Axis.WHOLE:
-            top = _combine(operation, operation.coefficients, elements.base, target, parts)
-        else:
-            top = _combine_along(operation, elements, target, parts, first)
-        largest = max(largest, int(top))
-    return largest < _OVERFLOW[out.itemsize]
+    target = flat(out)
+    if isinstance(operation, TaskVectorSum):
+        return _sum_task_vectors(operation, elements, target, tensors)
+    if operation.axis is Axis.WHOLE:
+        return _combine(operation, operation.coefficients, elements.base, target, tensors)
+    return _combine_along(operation, elements, target, tensors)
 
 
 def _below_2_32(first: int, count: int) -> list[tuple[int, int]]:
@@ -98,8 +95,6 @@ def _sum_task_vectors(
     elements: Elements,
     out: NDArray[Any],
     tensors: Sequence[NDArray[Any]],
-    ranks: Mapping[int, NDArray[np.uint16]],
-    first: int,
 ) -> int:
     from evomerge.merge.kernels import cpu_loops
 
@@ -109,16 +104,17 @@ def _sum_task_vectors(
     terms = stated.terms or (Term(source=elements.base, weight=0.0),)
     sources = tuple(tensors[term.source] for term in terms)
     # A term that keeps everything beside ranked ones has no ranks, and looks at none.
+    ranks = {source: flat(values) for source, values in elements.ranks.items()}
     anything = next(iter(ranks.values()), None)
     ranked = tuple(ranks.get(term.source, anything) for term in terms) if ranks else None
     c = constants(terms, seed=elements.seed, name=elements.name)
-    factors = tuple(np.float32(term.factor) for term in terms)
-    place = (np.float32(stated.scale), *first_key(elements, first))
+    factors = tuple(term.factor for term in terms)
+    place = (float(stated.scale), *first_key(elements, elements.first))
     if not stated.elect:
-        divisor = np.float32(stated.divisor)
+        divisor = float(stated.divisor)
         top = cpu_loops.add_terms(out, base, sources, ranked, c, factors, divisor, *place)
     else:
-        weights = tuple(np.float32(term.weight) for term in terms) if stated.normalize else None
+        weights = tuple(float(term.weight) for term in terms) if stated.normalize else None
         top = cpu_loops.elect_terms(out, base, sources, ranked, c, factors, weights, *place)
     return int(top)
 
@@ -159,7 +155,7 @@ def constants(terms: Sequence[Term], *, seed: int, name: str) -> tuple[tuple[np.
             values = (_bits(lowest), _bits(step), int(rescaled), k1, 0)
         else:
             values = (max(0, keep.last) if isinstance(keep, Random) else 2**32 - 1, k1)
-        result.append(tuple(np.uint32(value) for value in values))
+        result.append(tuple(map(np.uint32, values)))
     return tuple(result)
 
 
@@ -180,15 +176,15 @@ def _combine(
 ) -> int:
     from evomerge.merge.kernels import cpu_loops
 
-    c = tuple(np.float32(value) for value in coefficients)
-    divisor = np.float32(operation.divisor)
+    c = tuple(coefficients.tolist())
+    divisor = float(operation.divisor)
     if not operation.around_base:
         return int(cpu_loops.combine(out, tuple(tensors), c, divisor))
     assert base is not None
     others = [index for index in range(len(tensors)) if index != base]
     sources, factors = tuple(tensors[i] for i in others), tuple(c[i] for i in others)
     every = ((np.uint32(0),),) * len(others)
-    place = (np.float32(1), np.uint32(0), np.uint32(0))
+    place = (1.0, np.uint32(0), np.uint32(0))
     top = cpu_loops.add_terms(out, tensors[base], sources, None, every, factors, divisor, *place)
     return int(top)
 
@@ -198,46 +194,33 @@ def _combine_along(
     elements: Elements,
     out: NDArray[Any],
     tensors: Sequence[NDArray[Any]],
-    first: int,
 ) -> int:
     """A coefficient per row or column."""
     from evomerge.merge.kernels import cpu_loops
 
     by_row = operation.axis is Axis.ROWS
     length = reference.num_columns(elements.shape, operation.axis)
-    c = operation.coefficients.astype(np.float32)
+    with np.errstate(over="ignore"):
+        c = operation.coefficients.astype(np.float32)
     base = tensors[elements.base] if operation.around_base and elements.base is not None else None
     others = [i for i in range(len(tensors)) if base is None or i != elements.base]
     sources, chosen = tuple(tensors[i] for i in others), np.ascontiguousarray(c[:, others])
-    divisor = np.float32(operation.divisor)
-    return int(cpu_loops.combine_along(out, base, sources, chosen, divisor, first, length, by_row))
+    divisor = float(operation.divisor)
+    return int(cpu_loops.combine_along(out, base, sources, chosen, divisor, elements.first, length, by_row))
 
 
 def _in_parallel(work: Callable[[Elements, Tensor], bool], elements: Elements, out: Tensor) -> bool:
-    """Share a run out among torch's number of threads; a small one is done at once."""
+    """Share a run out among the threads; a small one is done at once."""
     parts = _parts(elements.count)
     if len(parts) == 1:
         return work(elements, out)
-    done = _pool().map(lambda part: work(elements.part(*part), out[slice(*part)]), parts)
-    return all(list(done))
+    return all(spread(lambda part: work(elements.part(*part), out[slice(*part)]), parts))
 
 
 def _parts(count: int) -> list[tuple[int, int]]:
-    import torch
-
-    size = -(-count // torch.get_num_threads())
+    size = -(-count // num_threads())
     size = max(PIECE, -(-size // PIECE) * PIECE)
     return [(start, min(start + size, count)) for start in range(0, count, size)] or [(0, 0)]
-
-
-def _pool() -> ThreadPoolExecutor:
-    import torch
-
-    # By process too: threads do not survive a fork.
-    key = (os.getpid(), torch.get_num_threads())
-    if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(key[1], thread_name_prefix="evomerge-kernel")
-    return _pools[key]
 
 
 def histogram(base: Tensor, source: Tensor, done: Callable[[int, int], None] | None = None) -> Histogram:
@@ -259,7 +242,7 @@ def histogram(base: Tensor, source: Tensor, done: Callable[[int, int], None] | N
             cpu_loops.count_magnitudes(table[0], table[1], *(line[slice(*part)] for line in lines))
             return table
 
-        for table in _map(count, _parts(end - first)):
+        for table in spread(count, _parts(end - first)):
             counts += table[0]
             sums += table[1]
         if done is not None:
@@ -301,7 +284,7 @@ def gram(
                 others = cut[: len(tensors)]
                 cpu_loops.dots(pieces[start // PIECE], others, None if base is None else cut[-1])
 
-        list(_map(multiply, _parts(end - first)))
+        spread(multiply, _parts(end - first))
         total += pieces.sum(axis=0)
         if done is not None:
             done(first, end - first)
@@ -310,10 +293,6 @@ def gram(
 
 def _blocks(count: int) -> list[tuple[int, int]]:
     return [(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)] or [(0, 0)]
-
-
-def _map(work: Callable[[tuple[int, int]], Any], parts: list[tuple[int, int]]) -> Iterable[Any]:
-    return [work(parts[0])] if len(parts) == 1 else _pool().map(work, parts)
 
 
 def _comparable(tensors: Sequence[Tensor], first: int, end: int) -> list[Tensor]:

@@ -105,7 +105,7 @@ def _kept(delta: Any, mixed: Any, rank: Any, c: Any) -> Any:
         delta: The element, float32.
         mixed: Hash of its place in the tensor, before a source's key comes in.
         rank: Its rank within its row, for ranked terms.
-        c: The term's constants, uint32; see `cpu.constants`.
+        c: The term's constants, uint32, as signed ones would halve the speed; see `cpu.constants`.
     """
     raise NotImplementedError
 
@@ -163,9 +163,9 @@ def add_terms(
         sources: Tuple of N tensors, all of one type.
         ranks: Tuple of N uint16 arrays, or None when no term is ranked.
         c: Tuple of N tuples of constants.
-        factors: Tuple of N float32.
-        divisor: float32.
-        scale: float32.
+        factors: Tuple of N numbers, rounded to float32 as all below.
+        divisor: A number.
+        scale: A number.
         k0: First key of the counter hash.
         first: Position of the first element, modulo 2^32.
 
@@ -180,8 +180,8 @@ def add_terms(
         for i in range(len(sources)):
             rank = np.uint16(0) if ranks is None else ranks[i][e]
             kept = _kept(_F(_load(sources[i][e]) - b), mixed, rank, c[i])
-            total = _F(total + _F(kept * factors[i]))
-        merged = _F(_F(_F(total / divisor) * scale) + b)
+            total = _F(total + _F(kept * _F(factors[i])))
+        merged = _F(_F(_F(total / _F(divisor)) * _F(scale)) + b)
         largest = max(largest, _U(_bits(merged) & _U(0x7FFFFFFF)))
         out[e] = _rounded(merged, out[e])
     return largest
@@ -202,7 +202,7 @@ def elect_terms(
 ) -> Any:
     """Add the terms whose sign is that of their sum; see `task_vectors.add_task_vectors`.
 
-    The arguments are those of `add_terms`, but for `weights`: a tuple of N float32 whose sum over the terms
+    The arguments are those of `add_terms`, but for `weights`: a tuple of N numbers whose sum over the terms
     that agree divides, or None not to divide.
     """
     largest = _U(0)
@@ -213,7 +213,7 @@ def elect_terms(
         for i in range(len(sources)):
             rank = np.uint16(0) if ranks is None else ranks[i][e]
             kept = _kept(_F(_load(sources[i][e]) - b), mixed, rank, c[i])
-            total = _F(total + _F(kept * factors[i]))
+            total = _F(total + _F(kept * _F(factors[i])))
         # Mirrored where the elected sign is negative, so that one sum serves both signs.
         mirror = _U(0) if total >= _F(0) else _U(0x80000000)
         flaw = _F(total - total)
@@ -221,15 +221,15 @@ def elect_terms(
         for i in range(len(sources)):
             rank = np.uint16(0) if ranks is None else ranks[i][e]
             kept = _kept(_F(_load(sources[i][e]) - b), mixed, rank, c[i])
-            term = _float(_U(_bits(_F(kept * factors[i])) ^ mirror))
+            term = _float(_U(_bits(_F(kept * _F(factors[i]))) ^ mirror))
             agrees = term > _F(0)
             total = _F(total + (term if agrees else _F(0)))
             if weights is not None:
-                divisor = _F(divisor + (weights[i] if agrees else _F(0)))
+                divisor = _F(divisor + (_F(weights[i]) if agrees else _F(0)))
         if weights is not None:
             total = _F(total / (_F(1) if divisor == _F(0) else divisor))
         total = _F(_float(_U(_bits(total) ^ mirror)) + flaw)
-        merged = _F(_F(total * scale) + b)
+        merged = _F(_F(total * _F(scale)) + b)
         largest = max(largest, _U(_bits(merged) & _U(0x7FFFFFFF)))
         out[e] = _rounded(merged, out[e])
     return largest
@@ -237,13 +237,13 @@ def elect_terms(
 
 @compiled(error_model="numpy")
 def combine(out: Any, sources: Any, coefficients: Any, divisor: Any) -> Any:
-    """Out = (Σ_i c_i θ_i) / divisor, with one float32 coefficient per source; returns as `add_terms` does."""
+    """Out = (Σ_i c_i θ_i) / divisor, with one coefficient per source; returns as `add_terms` does."""
     largest = _U(0)
     for e in range(out.shape[0]):
         total = _F(0)
         for i in range(len(sources)):
-            total = _F(total + _F(_load(sources[i][e]) * coefficients[i]))
-        merged = _F(total / divisor)
+            total = _F(total + _F(_load(sources[i][e]) * _F(coefficients[i])))
+        merged = _F(total / _F(divisor))
         largest = max(largest, _U(_bits(merged) & _U(0x7FFFFFFF)))
         out[e] = _rounded(merged, out[e])
     return largest
@@ -260,7 +260,7 @@ def combine_along(
         base: Tensor of the base, or None to combine the tensors themselves.
         sources: Tuple of N tensors.
         coefficients: float32 [R, N], or [C, N].
-        divisor: float32.
+        divisor: A number.
         first: Position of the first element, int64.
         length: Number of columns.
         by_row: Whether a row shares coefficients, or a column.
@@ -275,7 +275,7 @@ def combine_along(
             if base is not None:
                 value = _F(value - b)
             total = _F(total + _F(value * coefficients[place, i]))
-        merged = _F(total / divisor)
+        merged = _F(total / _F(divisor))
         if base is not None:
             merged = _F(merged + b)
         largest = max(largest, _U(_bits(merged) & _U(0x7FFFFFFF)))

@@ -83,7 +83,7 @@ class Term:
     @property
     def factor(self) -> float:
         """Factor of the elements that are kept."""
-        return _float32(self.weight * self.rescale)
+        return float32(self.weight * self.rescale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class TaskVectorSum:
         """What a sum without election is divided by."""
         total = 0.0
         for term in self.terms:
-            total = _float32(total + _float32(term.weight))
+            total = float32(total + float32(term.weight))
         return total if self.normalize and not self.elect and abs(total) >= TINY_SUM else 1.0
 
 
@@ -200,11 +200,11 @@ def _kept(delta: Tensor, term: Term, inputs: MergeInputs, ranks: Tensor | None) 
 
 def ranked_line(keep: Ranked) -> tuple[float, float]:
     """Chance of the lowest rank and its growth per rank, both float32 numbers."""
-    return _float32(keep.lowest), _float32((keep.highest - keep.lowest) / RANKS)
+    return float32(keep.lowest), float32((keep.highest - keep.lowest) / RANKS)
 
 
-def _float32(number: float) -> float:
-    """The float32 next to a number, infinity when it is too large."""
+def float32(number: float) -> float:
+    """The float32 next to a number, infinity when it is too large; NumPy would warn then."""
     return ctypes.c_float(number).value
 
 
