@@ -8,6 +8,7 @@ copied anew for every candidate.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -67,13 +68,19 @@ class Bank:
         self._budget = budget
         self._resident: dict[Key, Tensor] = {}
         self._resident_bytes = 0
+        self._lock = threading.Lock()
         self._histograms: dict[tuple[Key, Key], Histogram] = {}
         self._ranks: dict[tuple[Key, Key], Tensor] = {}
 
     def tensor(self, key: Key) -> Tensor:
         """A source tensor on the bank's device, in the type it is stored in; never write to it."""
-        if key in self._resident:
-            return self._resident[key]
+        known = self._resident.get(key)
+        if known is not None:
+            return known
+        with self._lock:
+            return self._load(key)
+
+    def _load(self, key: Key) -> Tensor:
         model, name = key
         tensor = self._sources[model].tensor(name)
         if self.device == "cpu":

@@ -174,25 +174,34 @@ def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> Prepared
     Returns:
         The first tensor whose result is not finite, if there is one; those after it may be unwritten.
     """
+    parts = [part for plan, out in wanted for part in _parts(plan, out, bank)]
     if bank.device != "cpu":
-        return _first_flawed((prepare_tensor(plan, bank), out, 0) for plan, out in wanted)
-    parts = [part for plan, out in wanted for part in _parts(prepare_tensor(plan, bank), out)]
+        return _first_flawed(parts, bank)
     # Batches of many tensors, as waking a thread takes as long as computing a small one.
-    batches = spread(_first_flawed, _batches(parts))
+    batches = spread(lambda batch: _first_flawed(batch, bank), _batches(parts))
     return next((flawed for flawed in batches if flawed is not None), None)
 
 
-Part = tuple[PreparedTensor, "Tensor", int]
+Part = tuple["TensorPlan | PreparedTensor", "Tensor", int]
 """A tensor, where a run of its elements goes, and the position of the first."""
 
 
-def _first_flawed(parts: Iterable[Part]) -> PreparedTensor | None:
-    return next((prepared for prepared, out, first in parts if not prepared.write(out, first)), None)
+def _parts(plan: TensorPlan, out: Tensor, bank: Bank) -> list[Part]:
+    """A large tensor in several parts; smaller ones are prepared by the thread that computes them."""
+    if out.numel() <= PART:
+        return [(plan, out, 0)]
+    prepared = prepare_tensor(plan, bank)
+    if not prepared.divisible:
+        return [(prepared, out, 0)]
+    return [(prepared, out[first : first + PART], first) for first in range(0, out.numel(), PART)]
 
 
-def _parts(prepared: PreparedTensor, out: Tensor) -> list[Part]:
-    step = PART if prepared.divisible else max(1, prepared.numel)
-    return [(prepared, out[first : first + step], first) for first in range(0, prepared.numel, step)]
+def _first_flawed(parts: Iterable[Part], bank: Bank) -> PreparedTensor | None:
+    for what, out, first in parts:
+        prepared = prepare_tensor(what, bank) if isinstance(what, TensorPlan) else what
+        if not prepared.write(out, first):
+            return prepared
+    return None
 
 
 def _batches(parts: Sequence[Part]) -> list[list[Part]]:
@@ -200,7 +209,7 @@ def _batches(parts: Sequence[Part]) -> list[list[Part]]:
     room = 0
     for part in parts:
         size = part[1].numel()
-        if size > room:
+        if not batches or size > room:
             batches.append([])
             room = PART
         batches[-1].append(part)

@@ -284,9 +284,15 @@ class _Planner:
     ) -> bool | int | float | None:
         for level in levels:
             if level and parameter.name in level:
-                value = evaluate(
-                    level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
-                )
+                try:
+                    value = evaluate(
+                        level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
+                    )
+                except ValueError as error:  # a gradient of counts, between two of them
+                    reason = f"{error} for the tensor {tensor_name}"
+                    raise ConfigurationError(
+                        self.recipe.fault(("parameters", parameter.name), reason)
+                    ) from None
                 if value is not None:
                     return parameter.check(value)
         if parameter.required:

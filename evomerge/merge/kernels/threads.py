@@ -27,7 +27,7 @@ def spread(work: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result
 
     When it returns or raises, no part is at work any more.
     """
-    if len(parts) == 1 or num_threads() == 1:
+    if len(parts) <= 1 or num_threads() == 1:
         return [work(part) for part in parts]
     futures = [_pool().submit(work, part) for part in parts]
     wait(futures)

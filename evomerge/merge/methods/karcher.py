@@ -9,6 +9,7 @@ Every iterate is a combination of the models' directions, so the iteration runs 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -84,7 +85,15 @@ def combination(inputs: CombinationInputs) -> Combination:
     if inputs.num_inputs == 1:
         return Combination(coefficients=np.ones(1))
     gram = inputs.gram(GramKind.TENSORS, Axis.WHOLE)
-    return Combination(coefficients=coefficients(gram, inputs.shared["max_iter"], inputs.shared["tol"]))
+    return Combination(
+        coefficients=_known(gram.tobytes(), len(gram), inputs.shared["max_iter"], inputs.shared["tol"])
+    )
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _known(gram: bytes, size: int, max_iter: int, tol: float) -> NDArray[np.float64]:
+    """The coefficients of inner products that are the same for every candidate."""
+    return coefficients(np.frombuffer(gram).reshape(size, size), max_iter, tol)
 
 
 def karcher(inputs: MergeInputs) -> Tensor:

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2403.19522
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,8 +59,16 @@ def coefficients(gram: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def combination(inputs: CombinationInputs) -> Combination:
     """One ratio t for the whole tensor, or one per row."""
-    axis = Axis.ROWS if inputs.shared["filter_wise"] else Axis.WHOLE
-    return sum_of_others(inputs, coefficients(inputs.gram(GramKind.TASK_VECTORS, axis)), axis)
+    if inputs.shared["filter_wise"]:
+        return sum_of_others(inputs, coefficients(inputs.gram(GramKind.TASK_VECTORS, Axis.ROWS)), Axis.ROWS)
+    gram = inputs.gram(GramKind.TASK_VECTORS, Axis.WHOLE)
+    return sum_of_others(inputs, _known(gram.tobytes(), len(gram)))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _known(gram: bytes, size: int) -> NDArray[np.float64]:
+    """The coefficients of inner products that are the same for every candidate."""
+    return coefficients(np.frombuffer(gram).reshape(size, size))
 
 
 def model_stock(inputs: MergeInputs) -> Tensor:
