@@ -1,7 +1,7 @@
 """How exact a merged element can be: the size of its summands, and choices that rounding or a bin makes.
 
-Both are found from the plan's parameters and the sources by short formulas of their own; nothing is taken
-from merged values but where it says so.
+Choices are found from the plan's parameters and the sources by short formulas of their own. Sizes are found
+with the coefficients that our methods state: a wrong one makes an error a million times the allowance.
 
 Legend: E elements of a tensor, ranks of magnitudes count from 0, the smallest.
 """
