@@ -194,8 +194,7 @@ def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
         raise CheckpointError(f"{folder}: several weight files ({', '.join(models[:5])}) but no {INDEX}")
     if found:
         raise CheckpointError(
-            f"{folder}: this is an adapter; adapters are not supported yet: "
-            "merge it into a full checkpoint first"
+            f"{folder}: this is an adapter; name it behind the model it belongs to, as MODEL+{folder.name}"
         )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth"})
     if pickles:
