@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from evomerge.sizes import parse_size
+
 if TYPE_CHECKING:
     from evomerge.checkpoints.reader import Checkpoint
     from evomerge.recipe import Recipe
@@ -20,12 +22,10 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read the size."""
-        import re
-
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value).strip(), re.IGNORECASE)
-        if match is None or float(match[1]) == 0:
-            self.fail(f"expected a size such as 500MB or 2GB, got {value!r}", param, ctx)
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command()

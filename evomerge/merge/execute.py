@@ -174,9 +174,10 @@ def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> Prepared
     Returns:
         The first tensor whose result is not finite, if there is one; those after it may be unwritten.
     """
-    parts = [part for plan, out in wanted for part in _parts(plan, out, bank)]
     if bank.device != "cpu":
-        return _first_flawed(parts, bank)
+        # One after the other: what is prepared may hold copies of its inputs that the bank has no room for.
+        return _first_flawed(((plan, out, 0) for plan, out in wanted), bank)
+    parts = [part for plan, out in wanted for part in _parts(plan, out, bank)]
     # Batches of many tensors, as waking a thread takes as long as computing a small one.
     batches = spread(lambda batch: _first_flawed(batch, bank), _batches(parts))
     return next((flawed for flawed in batches if flawed is not None), None)
