@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from evomerge.checkpoints.adapter import Adapter, Update, updated_tensor
 from evomerge.checkpoints.adapter_plan import plan_updates
 from evomerge.checkpoints.adapter_vocabulary import own_rows, tokenizer_folder
-from evomerge.checkpoints.hashes import cached_sha256
+from evomerge.checkpoints.hashes import cache_folder, cached_sha256
 from evomerge.checkpoints.manifest import MANIFEST
 from evomerge.checkpoints.reader import CONFIG, DTYPES, Checkpoint, contained, read_json
 from evomerge.checkpoints.shards import TensorSpec
@@ -119,9 +118,8 @@ def _generation_config(model: Checkpoint) -> list[Path]:
 
 
 def _cache() -> Path:
-    own = os.environ.get("EVOMERGE_CACHE")
     try:
-        return Path(own or Path.home() / ".cache" / "evomerge").absolute() / "adapters"
+        return cache_folder().absolute() / "adapters"
     except RuntimeError as error:
         raise EvomergeError(f"EVOMERGE_CACHE: expected a folder, as there is no home: {error}") from error
 

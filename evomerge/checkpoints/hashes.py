@@ -45,8 +45,17 @@ def _key(path: Path) -> str:
     return json.dumps([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ino])
 
 
+def cache_folder() -> Path:
+    """Return `$EVOMERGE_CACHE`, else `~/.cache/evomerge`.
+
+    Raises:
+        RuntimeError: There is no home.
+    """
+    return Path(os.environ.get("EVOMERGE_CACHE") or Path.home() / ".cache" / "evomerge")
+
+
 def _file() -> Path:
-    return Path(os.environ.get("EVOMERGE_CACHE") or Path.home() / ".cache" / "evomerge") / "hashes.json"
+    return cache_folder() / "hashes.json"
 
 
 def _load() -> dict[str, str]:
