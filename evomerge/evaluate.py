@@ -52,11 +52,14 @@ def evaluate_model(
     if not tasks:
         raise ConfigurationError("--tasks: expected at least one task")
     folders = tuple(path.resolve() for path in include_path)
-    library = TaskLibrary(tasks, folders, allow_code=allow_task_code)
+    if settings.data_dir is not None:
+        data_dir = str(Path(settings.data_dir).expanduser().resolve())
+        settings = settings.model_copy(update={"data_dir": data_dir})
+    library = TaskLibrary(tasks, folders, allow_code=allow_task_code, data_dir=settings.data_dir)
     documents = []
     for name in tasks:
         count = library.num_documents(name)
-        ids, _ = split_documents(name, count, holdout=0.0, limit=settings.limit)
+        ids, _ = split_documents(library.split_name(name), count, holdout=0.0, limit=settings.limit)
         documents.append(DocumentSet(task=name, doc_ids=ids, name=name, complete=len(ids) == count))
     with tempfile.TemporaryDirectory(prefix="evomerge-") as scratch:
         if model.endswith((".yml", ".yaml")):

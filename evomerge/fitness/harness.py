@@ -44,13 +44,21 @@ class TaskLibrary:
     Args:
         names: Tasks to load.
         include_path: Folders with task files, beside those that lm-eval ships.
-        allow_code: Whether task files outside lm-eval may run Python code.
+        allow_code: Whether task files other than lm-eval's and evomerge's own may run Python code.
+        data_dir: Folder with data sets as their authors publish them, for tasks that can read them.
 
     Raises:
         TaskError: Carries every fault found.
     """
 
-    def __init__(self, names: Sequence[str], include_path: Sequence[Path], *, allow_code: bool) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        include_path: Sequence[Path],
+        *,
+        allow_code: bool,
+        data_dir: str | None = None,
+    ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tasks: dict[str, Any] = {}
         self.folders: dict[str, Path] = {}
@@ -60,6 +68,10 @@ class TaskLibrary:
             if not folder.is_dir():
                 reason = f"no such folder: {folder}"
                 raise TaskError(Fault(path="evaluation.include_path", reason=reason))
+        if data_dir is not None and not Path(data_dir).is_dir():
+            raise TaskError(Fault(path="evaluation.data_dir", reason=f"no such folder: {data_dir}"))
+        # What lm-eval's --metadata would give: keyword arguments of a task's custom_dataset.
+        self._metadata = None if data_dir is None else {"data_dir": data_dir}
         faults: list[Fault] = []
         index = self._index(names, include_path)
         for name in dict.fromkeys(names):
@@ -73,11 +85,12 @@ class TaskLibrary:
     def _index(self, names: Sequence[str], include_path: Sequence[Path]) -> Any:
         from lm_eval.tasks import TaskManager
 
-        own = TaskManager(include_path=[str(path) for path in include_path], include_defaults=False)
+        folders: list[str | Path] = [str(path) for path in include_path]
+        own = TaskManager(include_path=folders, include_defaults=False, metadata=self._metadata)
         if all(name in own.all_tasks for name in names):
             return own
         # Reading lm-eval's thousands of task files takes seconds, so only when they are needed.
-        return TaskManager(include_path=[str(path) for path in include_path], include_defaults=True)
+        return TaskManager(include_path=folders, include_defaults=True, metadata=self._metadata)
 
     def _load(self, name: str, index: Any, include_path: Sequence[Path], *, allow_code: bool) -> None:
         if name not in index.all_tasks:
@@ -98,6 +111,8 @@ class TaskLibrary:
             # Relative data files are meant relative to the task's file; datasets resolves them against cwd.
             with contextlib.chdir(file.parent), _quiet():
                 self.tasks[name] = index.load([name])["tasks"][name]
+        except TaskError:
+            raise
         except Exception as error:  # lm-eval and datasets raise whatever comes
             reason = f"cannot be loaded from {file}: {type(error).__name__}: {error}"
             raise TaskError(Fault(path=name, reason=reason)) from error
@@ -106,6 +121,15 @@ class TaskLibrary:
     def num_documents(self, name: str) -> int:
         """Number of documents in the task's evaluation set."""
         return len(self.tasks[name].eval_docs)
+
+    def split_name(self, name: str) -> str:
+        """What decides the split of a task's documents: `documents` in its metadata, or its own name.
+
+        Tasks over the same problems, in other languages or prompts, share it, so that what one searches on
+        another does not hold out.
+        """
+        metadata = self.tasks[name].config.metadata or {}
+        return str(metadata.get("documents", name))
 
     def fingerprint(self, name: str) -> str:
         """Hash of the task's documents and of how they are prompted and judged."""
@@ -116,6 +140,40 @@ class TaskLibrary:
         for document in itertools.chain(task.eval_docs, ["examples"], examples):
             digest.update(json.dumps(document, sort_keys=True, default=str, ensure_ascii=False).encode())
         return digest.hexdigest()[:16]
+
+    def requests(
+        self,
+        subset: DocumentSet,
+        settings: EvaluationSettings,
+        *,
+        chat_template: Callable[..., str] | None = None,
+        tokenizer_name: str = "",
+    ) -> list[Any]:
+        """Build lm-eval's requests for a document set, in lm-eval's own order.
+
+        Args:
+            subset: The documents.
+            settings: How they are prompted.
+            chat_template: Renders a conversation, if the settings ask for the chat template.
+            tokenizer_name: What lm-eval calls the tokenizer of that template.
+        """
+        task = self.tasks[subset.task]
+        default = task.get_config("num_fewshot")
+        if settings.num_fewshot is not None and default != 0:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif default is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        with _quiet():
+            task.build_all_requests(
+                samples=None if subset.complete else list(subset.doc_ids),
+                system_instruction=settings.system_instruction,
+                apply_chat_template=chat_template is not None,
+                fewshot_as_multiturn=chat_template is not None,
+                chat_template=chat_template,
+                tokenizer_name=tokenizer_name,
+            )
+        return list(task.instances)
 
     def objective(self, settings: ObjectiveSettings, position: int) -> Objective:
         """Fill in what the experiment left to the task, for the objective at `position`.
@@ -284,29 +342,20 @@ class HarnessEvaluator:
 
     def _prepare(self, subset: DocumentSet) -> _Prepared:
         if subset not in self._prepared:
-            task, settings = self._library.tasks[subset.task], self._settings
-            default = task.get_config("num_fewshot")
-            if settings.num_fewshot is not None and default != 0:
-                task.set_config(key="num_fewshot", value=settings.num_fewshot)
-            elif default is None:
-                task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            chat = settings.apply_chat_template
-            task.build_all_requests(
-                samples=None if subset.complete else list(subset.doc_ids),
-                system_instruction=settings.system_instruction,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
+            chat = self._settings.apply_chat_template
+            instances = self._library.requests(
+                subset,
+                self._settings,
                 chat_template=self._lm.apply_chat_template if chat else None,
                 tokenizer_name=self._lm.tokenizer_name if chat else "",
             )
             groups: dict[int, list[Any]] = {}
-            for instance in task.instances:
+            for instance in instances:
                 groups.setdefault(instance.doc_id, []).append(instance)
             # lm-eval takes chosen documents in ascending order and numbers them anew, from 0.
             assert list(groups) == list(range(len(subset.doc_ids)))
             self._prepared[subset] = _Prepared(
-                instances=list(task.instances),
+                instances=instances,
                 per_document=[
                     (group[0].doc, sorted(group, key=lambda instance: int(instance.idx)))
                     for group in groups.values()
@@ -418,6 +467,9 @@ class _Discard:
 
     def flush(self) -> None:
         return
+
+    def close(self) -> None:
+        """Stay open: a logger made meanwhile closes it when Python ends."""
 
     def isatty(self) -> bool:
         return False

@@ -44,6 +44,9 @@ def stock_command(
         f"--tasks {documents.task} --include_path .",
         f"--device {device} --batch_size {batch_size(settings)}",
     ]
+    if settings.data_dir is not None:
+        metadata = json.dumps({"data_dir": settings.data_dir}, ensure_ascii=False)
+        parts.append(f"--metadata {shlex.quote(metadata)}")
     if settings.num_fewshot is not None:
         parts.append(f"--num_fewshot {settings.num_fewshot}")
     if settings.apply_chat_template:

@@ -37,6 +37,7 @@ def test_every_setting_that_moves_scores_is_in_the_command() -> None:
         apply_chat_template=True,
         system_instruction='Say "$HOME"\nand `date`.',
         attention="eager",
+        data_dir="/my data",
     )
     words = arguments(DocumentSet(task="gen", doc_ids=(1, 4, 9), name="gen"), settings)
     assert words[:3] == ["cd", "/my tasks", "&&"]
@@ -53,6 +54,7 @@ def test_every_setting_that_moves_scores_is_in_the_command() -> None:
     assert after(words, "--num_fewshot") == "3"
     assert after(words, "--batch_size") == str(AUTO_BATCH_SIZE)
     assert "--apply_chat_template" in words
+    assert json.loads(after(words, "--metadata")) == {"data_dir": "/my data"}
 
 
 def test_what_is_left_to_the_task_is_not_in_the_command() -> None:
