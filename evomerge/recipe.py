@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -259,14 +260,44 @@ class TokenizerSettings(StrictRecord):
     pad_to_multiple_of: Annotated[int, _AsInt, Field(ge=1)] | None = None
 
 
+def _as_float(value: Any) -> Any:
+    return coerce(value, "float") if isinstance(value, (bool, int, float, str)) else value
+
+
+_AsFloat = BeforeValidator(_as_float)
+
+
+class TensorScale(StrictRecord):
+    """Makes a merged tensor w into factor * (offset + w) - offset.
+
+    Attributes:
+        tensor: Its name in the merged model.
+        factor: The factor; finite.
+        offset: 1 for the weight of a norm that multiplies by (1 + w), so that the norm's result is scaled.
+    """
+
+    tensor: str
+    factor: Annotated[float, _AsFloat]
+    offset: Annotated[float, _AsFloat] = 0.0
+
+
 class Extension(StrictRecord):
     """What mergekit cannot express.
 
     Attributes:
         seed: Seed of the counter hash behind DARE's masks.
+        scales: Merged tensors that are scaled, whatever the method, before they are rounded.
     """
 
     seed: int = Field(default=0, ge=0, lt=2**63)
+    scales: list[TensorScale] = []
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> Extension:
+        counted = Counter(scale.tensor for scale in self.scales)
+        if repeated := [name for name, count in counted.items() if count > 1]:
+            raise ValueError(f"scales: expected every tensor once, got {repeated[0]!r} more than once")
+        return self
 
 
 class Recipe(StrictRecord):
@@ -353,7 +384,8 @@ class Recipe(StrictRecord):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values in mergekit's shape, defaults left out, settings in short form."""
-        return {**self.model_dump(exclude_defaults=True), "evomerge": self.evomerge.model_dump()}
+        extension = {"seed": self.evomerge.seed, **self.evomerge.model_dump(exclude_defaults=True)}
+        return {**self.model_dump(exclude_defaults=True), "evomerge": extension}
 
     def to_yaml(self) -> str:
         """The recipe as YAML that mergekit and `Recipe` read to the same merge."""

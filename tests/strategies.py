@@ -108,6 +108,15 @@ tokenizer_settings = _optional(
 )
 
 
+_finite = st.floats(allow_nan=False, allow_infinity=False)
+_tensor_scales = _optional({"tensor": texts, "factor": _finite}, offset=_finite)
+extensions = _optional(
+    {},
+    seed=st.integers(0, 2**63 - 1),
+    scales=st.lists(_tensor_scales, max_size=3, unique_by=lambda scale: scale["tensor"]),
+)
+
+
 @st.composite
 def recipe_data(draw: st.DrawFn) -> dict[str, Any]:
     """The plain values of a recipe of any form, as somebody may write it; not always sensible to merge."""
@@ -122,7 +131,7 @@ def recipe_data(draw: st.DrawFn) -> dict[str, Any]:
             dtype=st.sampled_from(["float32", "bfloat16"]),
             out_dtype=st.sampled_from(["float16", "bfloat16"]),
             chat_template=texts,
-            evomerge=st.fixed_dictionaries({"seed": st.integers(0, 2**63 - 1)}),
+            evomerge=extensions,
         )
     )
     tokenizer = draw(

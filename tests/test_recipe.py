@@ -241,6 +241,46 @@ def test_the_seed_is_a_63_bit_integer(seed: Any) -> None:
         Recipe.from_dict({"models": [{"model": "a"}], "merge_method": "x", "evomerge": {"seed": seed}})
 
 
+def test_scales_of_merged_tensors_are_read_and_written() -> None:
+    text = (
+        "evomerge:\n  seed: 0\n  scales:\n  - tensor: model.norm.weight\n    factor: 0.5\n    offset: 1.0\n"
+    )
+    text += "  - tensor: lm_head.weight\n    factor: -2.0\n"
+    recipe = Recipe.from_yaml(MODELS + text.replace("0.5", "5e-1"))
+    found = [(scale.tensor, scale.factor, scale.offset) for scale in recipe.evomerge.scales]
+    assert found == [("model.norm.weight", 0.5, 1.0), ("lm_head.weight", -2.0, 0.0)]
+    assert recipe.to_yaml().endswith(text)
+    assert Recipe.from_yaml(recipe.to_yaml()).hash == recipe.hash
+    others = [
+        text.replace("-2.0", "-2.5"),
+        text.replace("offset: 1.0", "offset: 2.0"),
+        "evomerge: {scales: []}",
+    ]
+    assert len({Recipe.from_yaml(MODELS + other).hash for other in [text, *others]}) == 4
+    assert Recipe.from_yaml(MODELS + others[-1]).hash == Recipe.from_yaml(MODELS).hash
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        ("{tensor: w, factor: .nan}", "evomerge.scales.0.factor: expected a number, got nan"),
+        ("{tensor: w, factor: .inf}", "evomerge.scales.0.factor: expected a number, got inf"),
+        ("{tensor: w, factor: true}", "evomerge.scales.0.factor: expected a number, got True"),
+        ("{tensor: w, factor: 1, offset: -.inf}", "evomerge.scales.0.offset: expected a number, got -inf"),
+        ("{tensor: w}", "evomerge.scales.0.factor: missing; this key is required"),
+        ("{factor: 1}", "evomerge.scales.0.tensor: missing; this key is required"),
+        ("{tensor: w, factor: 1, ofset: 1}", "evomerge.scales.0.ofset: unknown key (did you mean 'offset'?)"),
+        (
+            "{tensor: w, factor: 1}, {tensor: w, factor: 2}",
+            "evomerge: scales: expected every tensor once, got 'w' more than once",
+        ),
+    ],
+)
+def test_scales_that_say_nothing_sensible_are_refused(scale: str, reason: str) -> None:
+    (fault,) = faults(f"{MODELS}evomerge: {{scales: [{scale}]}}\n")
+    assert fault.startswith(f"r.yml:3: {reason}")
+
+
 # Settings.
 
 

@@ -34,6 +34,14 @@ _WRITERS: dict[BranchPart, re.Pattern[str]] = {
         r"(down_proj|dense_4h_to_h|c_proj|fc2|fc_out|w2|wo|down|output_linear)(_bias)?", re.IGNORECASE
     ),
 }
+# The matrices that read the residual stream where no norm comes before them.
+_READERS: dict[BranchPart, re.Pattern[str]] = {
+    "attention": re.compile(r"(q|k|v|qkv|gate)_proj|query_key_value|c_attn|w?qkv", re.IGNORECASE),
+    "mlp": re.compile(
+        r"(gate|up|gate_up)_proj|dense_h_to_4h|c_fc|fc1|fc_in|w1|w3|input_linear|gate|router|shared_expert_gate",
+        re.IGNORECASE,
+    ),
+}
 _POST_ATTENTION = re.compile(r"post_attention_")
 # The place of a norm among the branches, by its name.
 _NORM_PLACES: dict[tuple[BranchPart, Literal["input", "post"]], re.Pattern[str]] = {
@@ -56,11 +64,14 @@ class Branch:
         input_norm: Weight and bias of the norm before it; empty if it has none, or none with weights.
         writers: Weights and biases whose result is added to the residual stream, of every expert.
         post_norm: Weight and bias of the norm between the writers and the residual stream; mostly empty.
+        readers: Weights that are multiplied with the residual stream itself, where only a post-norm keeps its
+            size in check, as in OLMo 2; else empty. A branch without either norm may have one without weights.
     """
 
     input_norm: tuple[str, ...]
     writers: tuple[str, ...]
     post_norm: tuple[str, ...]
+    readers: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,7 @@ class Decoder:
         num_layers: Number of its layers.
         token_embeddings: What tokens are looked up in.
         position_embeddings: What positions are looked up in, if they are learnt.
+        embedding_norm: Weight and bias of the norm between these and the first layer; mostly empty.
         final_norm: Weight and bias of the norm after the last layer; empty if it has no weights.
         head: Weight and bias of the output head; empty if only the embedding is stored.
         tied: Whether the token embedding serves as the head.
@@ -87,6 +99,7 @@ class Decoder:
     num_layers: int
     token_embeddings: tuple[str, ...]
     position_embeddings: tuple[str, ...]
+    embedding_norm: tuple[str, ...]
     final_norm: tuple[str, ...]
     head: tuple[str, ...]
     tied: bool
@@ -135,12 +148,13 @@ def find_decoder(names: Iterable[str], config: Mapping[str, Any]) -> Decoder:
             "config.json says tie_word_embeddings: false, but found no output head; outside the layers there "
             f"are {_some([role.name for role in outside])}"
         )
-    norms = tuple(role.name for role in outside if role.part == "norm" and not before_layers(role))
+    norms = [role for role in outside if role.part == "norm"]
     return Decoder(
         num_layers=counted,
         token_embeddings=tokens,
         position_embeddings=positions,
-        final_norm=norms,
+        embedding_norm=tuple(role.name for role in norms if before_layers(role)),
+        final_norm=tuple(role.name for role in norms if not before_layers(role)),
         head=head,
         tied=not head or tied is True,
     )
@@ -157,6 +171,19 @@ def find_branches(names: Iterable[str]) -> tuple[Layer, ...]:
         if role.layer is not None:
             by_layer.setdefault(role.layer, []).append(role)
     return tuple(_layer(number, by_layer[number]) for number in range(len(by_layer)))
+
+
+def is_mlp_output(name: str) -> bool:
+    """Whether a tensor is one that what an MLP adds to the residual stream can be scaled by.
+
+    Args:
+        name: A tensor's name, or a part of it as the filters of recipes give one.
+    """
+    pieces = name.strip(".").split(".")
+    if any(map(_NORM_PLACES["mlp", "post"].match, pieces)) or pieces[-1] == "mlp":
+        return True
+    is_attention = any("attn" in piece or "attention" in piece for piece in pieces)
+    return not is_attention and any(map(_WRITERS["mlp"].fullmatch, pieces))
 
 
 def _check_stack(names: Sequence[str], roles: Mapping[str, TensorRole]) -> int:
@@ -178,14 +205,12 @@ def _layer(number: int, roles: Sequence[TensorRole]) -> Layer:
     if ("mlp", "input") not in norms and ("mlp", "post") not in norms:
         # Branches side by side: one norm feeds both.
         norms["mlp", "input"] = shared
-    branches = {
-        part: Branch(
-            input_norm=norms.get((part, "input"), ()),
-            writers=_writers(number, part, roles),
-            post_norm=norms.get((part, "post"), ()),
-        )
-        for part in _WRITERS
-    }
+    branches: dict[BranchPart, Branch] = {}
+    for part in _WRITERS:
+        before, after = norms.get((part, "input"), ()), norms.get((part, "post"), ())
+        writers = _writers(number, part, roles)
+        readers = _readers(number, part, roles, writers) if after and not before else ()
+        branches[part] = Branch(input_norm=before, writers=writers, post_norm=after, readers=readers)
     return Layer(attention=branches["attention"], mlp=branches["mlp"])
 
 
@@ -197,6 +222,21 @@ def _writers(number: int, part: BranchPart, roles: Sequence[TensorRole]) -> tupl
             f"layer {number}: expected the matrix through which its {part} branch adds to the residual "
             f"stream, such as {'o_proj or dense' if part == 'attention' else 'down_proj or fc2'}; "
             f"found {_some(own or [role.name for role in roles])}"
+        )
+    return found
+
+
+def _readers(
+    number: int, part: BranchPart, roles: Sequence[TensorRole], writers: Sequence[str]
+) -> tuple[str, ...]:
+    # A bias is added to what was read, whatever the size of the stream.
+    weights = [role.name for role in roles if role.part == part and not role.name.endswith("bias")]
+    own = [name for name in weights if name not in writers]
+    found = tuple(name for name in own if any(map(_READERS[part].fullmatch, name.split("."))))
+    if unknown := [name for name in own if name not in found]:
+        raise ValueError(
+            f"layer {number}: no norm comes before the {part} branch, and whether these read the residual "
+            f"stream cannot be told: {_some(unknown)}"
         )
     return found
 

@@ -20,6 +20,9 @@ from evomerge.merge.plan import MergePlan
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Lists with an entry per layer. transformers derives one from the rules it replaces if a config lacks it."""
 
+SPARSE_KEYS = ("mlp_only_layers", "decoder_sparse_step")
+"""What says which layers of a mixture of experts have one MLP instead; see `is_dense`."""
+
 _RULES_OF_LISTS = {
     "layer_types": ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"),
     "no_rope_layers": ("no_rope_layer_interval",),
@@ -30,7 +33,6 @@ _RULE = re.compile(
     r"_(period|interval|offset|step|pattern)$|_every_n_|^first_k_|layer_(idx|ids|indices)$|_layers$"
     r"|(attention|block)_types?$"
 )
-_SPARSE = ("mlp_only_layers", "decoder_sparse_step")
 
 
 def merged_config(plan: MergePlan, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
@@ -84,9 +86,9 @@ def _list_layers(
         if isinstance(text.get(key), list):
             for rule in rules:
                 text.pop(rule, None)
-    if any(key in config for config in configs.values() for key in _SPARSE):
-        dense = [_is_dense(configs[model], layer) for model, layer in plan.layers]
-        text["mlp_only_layers"] = [position for position, is_dense in enumerate(dense) if is_dense]
+    if any(key in config for config in configs.values() for key in SPARSE_KEYS):
+        dense = [is_dense(configs[model], layer) for model, layer in plan.layers]
+        text["mlp_only_layers"] = [position for position, found in enumerate(dense) if found]
         text["decoder_sparse_step"] = 1
     _refuse_rules(text, plan, configs)
 
@@ -94,7 +96,7 @@ def _list_layers(
 def _refuse_rules(text: Mapping[str, Any], plan: MergePlan, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse a merged config in which some setting would speak of other layers than in the sources."""
     moved = any(layer != position for position, (_, layer) in enumerate(plan.layers))
-    settled = {*LAYER_COUNT_KEYS, *PER_LAYER_KEYS, *_SPARSE}
+    settled = {*LAYER_COUNT_KEYS, *PER_LAYER_KEYS, *SPARSE_KEYS}
     if not text.get("use_sliding_window") or isinstance(text.get("layer_types"), list):
         settled.add("max_window_layers")
     for key in sorted(text.keys() - settled):
@@ -105,12 +107,12 @@ def _refuse_rules(text: Mapping[str, Any], plan: MergePlan, configs: Mapping[str
         ):
             reason = (
                 f"{key}: {value!r} says what layers are by their number, but the merge moves layers; this is "
-                f"supported for {', '.join(PER_LAYER_KEYS + _SPARSE)} only"
+                f"supported for {', '.join(PER_LAYER_KEYS + SPARSE_KEYS)} only"
             )
             raise CheckpointError(Fault(path=f"{plan.donor}: config.json", reason=reason))
 
 
-def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
+def is_dense(config: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer of a mixture of experts has one MLP instead, by the rule of Qwen's models."""
     step = config.get("decoder_sparse_step") or 1
     return layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % step != 0

@@ -86,7 +86,8 @@ class PreparedTensor:
             return 0
         count = min(PIECE, self.numel) if self.divisible else self.numel
         ranks = sum(ranks.nbytes for ranks in self.ranks.values())
-        return 4 * count * (3 * len(self.tensors) + 4) + ranks
+        unscaled = 4 * count if self.plan.rescale is not None else 0
+        return 4 * count * (3 * len(self.tensors) + 4) + ranks + unscaled
 
     def write(self, out: Tensor, first: int = 0) -> bool:
         """Compute the elements first <= e < first + out.numel().
@@ -102,11 +103,31 @@ class PreparedTensor:
         if self.plan.dtype is None:
             out.copy_(_copied(self.plan, [tensor[first:end] for tensor in self.tensors]))
             return is_finite(out)
+        if self.plan.rescale is not None:
+            return self._write_rescaled(out, first, *self.plan.rescale)
+        return self._write_merged(out, first)
+
+    def _write_rescaled(self, out: Tensor, first: int, factor: float, offset: float) -> bool:
+        import torch
+
+        step = PIECE if self.divisible else max(1, out.numel())
+        for start in range(0, out.numel(), step):
+            piece = out[start : start + step]
+            merged = torch.empty_like(piece, dtype=torch.float32)
+            self._write_merged(merged, first + start)
+            # Not offset + w, which would round away the last places of a small w.
+            merged.mul_(factor)
+            if offset:
+                merged.add_((factor - 1) * offset)
+            piece.copy_(merged)
+        return is_finite(out)
+
+    def _write_merged(self, out: Tensor, first: int) -> bool:
         if self.operation is None:
             return self._write_formula(out, first)
         elements = self._elements()
         if out.numel() < elements.count:
-            elements = elements.part(first, end)
+            elements = elements.part(first, first + out.numel())
         return _kernel(out)(self.operation, elements, out)
 
     def _elements(self) -> Elements:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.reference import ModelReference, resolve
+from evomerge.checkpoints.sakana import is_sakana, open_layers
 from evomerge.errors import ConfigurationError, Fault, nearest
 from evomerge.merge.check import check_recipe
 from evomerge.merge.plan import MergePlan, plan_merge
@@ -75,7 +76,9 @@ def open_models(
         if name in merges and merged is None:
             continue
         try:
-            checkpoints[name] = Checkpoint.open(merged or resolve(ModelReference.parse(name), roots=[folder]))
+            place_on_disk = merged or resolve(ModelReference.parse(name), roots=[folder])
+            open_it = open_layers if is_sakana(place_on_disk) else Checkpoint.open
+            checkpoints[name] = open_it(place_on_disk)
         except ConfigurationError as error:
             for fault in error.faults:
                 text = f"{fault.path}: {fault.reason}" if fault.path else fault.reason

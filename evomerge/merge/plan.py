@@ -1,8 +1,6 @@
 """Recipe + models -> one operation per output tensor.
 
-Planning reads names, shapes and types only, never weights. The order of precedence of parameters is
-mergekit's: the model's own entry, its slice, its module, the recipe; a setting whose filters do not match
-the tensor is passed over.
+Planning reads names, shapes and types only, never weights. `parameter_values` looks up the parameters.
 """
 
 from __future__ import annotations
@@ -14,10 +12,11 @@ from typing import Any
 from evomerge.checkpoints.architecture import TensorRole, before_layers, layer_name
 from evomerge.checkpoints.decoder import text_config
 from evomerge.checkpoints.reader import Checkpoint
-from evomerge.errors import CheckpointError, ConfigurationError, Fault
+from evomerge.errors import CheckpointError, ConfigurationError, Fault, nearest
 from evomerge.merge.layout import Layout, layout_of
-from evomerge.merge.methods import METHODS, Method, Parameter, Scope
-from evomerge.recipe import InputModel, InputSlice, Module, OutputSlice, Parameters, Recipe, evaluate
+from evomerge.merge.methods import METHODS, Method
+from evomerge.merge.parameter_values import ParameterValues
+from evomerge.recipe import InputModel, InputSlice, OutputSlice, Recipe
 
 MAX_FAULTS = 20
 """Models of different architectures disagree in every tensor; the first faults tell enough."""
@@ -40,6 +39,7 @@ class TensorPlan:
         shared: Values of the method's parameters of scope `recipe`.
         values: Per input, the values of its parameters.
         seed: The recipe's seed.
+        rescale: (factor, offset) if the merged tensor w becomes factor * (offset + w) - offset, else None.
     """
 
     name: str
@@ -51,6 +51,7 @@ class TensorPlan:
     shared: Mapping[str, Any]
     values: tuple[Mapping[str, Any], ...]
     seed: int
+    rescale: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,17 @@ class MergePlan:
         """Number of layers of the merged model."""
         return len(self.layers)
 
+    @property
+    def is_path(self) -> bool:
+        """Whether every tensor is that of one model, at most scaled: a path through the models' layers."""
+        return all(tensor.method is METHODS["passthrough"] for tensor in self.tensors)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     """Where in the merged model a tensor lies: its slice, its depth there, and whose layers it takes."""
 
     piece: OutputSlice
-    module: Module | None
     depth: float
     layers: tuple[int | None, ...]
     out_layer: int | None
@@ -100,6 +105,8 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
     tensors = tuple(sorted(planner.tensors(), key=lambda tensor: tensor.name))
     if planner.faults:
         raise CheckpointError(planner.faults[:MAX_FAULTS])
+    if faults := list(_scale_faults(recipe, tensors)):
+        raise ConfigurationError(faults[:MAX_FAULTS])
     return MergePlan(tensors=tensors, layers=tuple(planner.layers()), donor=planner.donor)
 
 
@@ -115,17 +122,16 @@ class _Planner:
                 self.layouts[name] = layout_of(checkpoints[name])
             except ValueError as error:
                 raise CheckpointError(Fault(path=name, reason=str(error))) from None
-        # Slice, base and input, or None for what inputs share -> their parameters, if they are fixed.
-        self.same: dict[tuple[int, int | None, int | None], Mapping[str, bool | int | float | None]] = {}
-        self.module, self.pieces = self.output_slices()
+        self.parameters = ParameterValues(recipe, self.method)
+        self.rescales = {scale.tensor: (scale.factor, scale.offset) for scale in recipe.evomerge.scales}
+        self.pieces = self.output_slices()
         self.donor = recipe.base_model or self.pieces[0].sources[0].model
 
-    def output_slices(self) -> tuple[Module | None, list[OutputSlice]]:
+    def output_slices(self) -> list[OutputSlice]:
         """The recipe in the `slices` form: whole models become one slice, the base added to it."""
         ((_, holder),) = self.recipe.modules_or_self()
-        module = holder if isinstance(holder, Module) else None
         if holder.slices is not None:
-            return module, list(holder.slices)
+            return list(holder.slices)
         models = list(holder.models or [])
         base = self.recipe.base_model
         if base is not None and all(model.model != base for model in models):
@@ -140,7 +146,7 @@ class _Planner:
             InputSlice(model=model.model, layer_range=(0, depths[model.model]), parameters=model.parameters)
             for model in models
         ]
-        return module, [OutputSlice(sources=sources)]
+        return [OutputSlice(sources=sources)]
 
     def depth_of(self, model: str) -> int:
         return sum(layer is not None for layer in self.layouts[model])
@@ -165,7 +171,6 @@ class _Planner:
             for offset in range(piece.num_layers):
                 place = _Place(
                     piece=piece,
-                    module=self.module,
                     depth=offset / (piece.num_layers - 1) if piece.num_layers > 1 else 1.0,
                     layers=tuple(source.layer_range[0] + offset for source in piece.sources),
                     out_layer=out_layer,
@@ -175,9 +180,7 @@ class _Planner:
         yield from self.outside_layers(self.pieces[-1], before=False)
 
     def outside_layers(self, piece: OutputSlice, *, before: bool) -> Iterator[TensorPlan]:
-        place = _Place(
-            piece=piece, module=self.module, depth=0.0, layers=(None,) * len(piece.sources), out_layer=None
-        )
+        place = _Place(piece=piece, depth=0.0, layers=(None,) * len(piece.sources), out_layer=None)
         yield from self.at(
             place,
             [
@@ -216,9 +219,10 @@ class _Planner:
             self.faults.append(fault)
 
     def tensor(self, place: _Place, template: str) -> TensorPlan | None:
-        sources = place.piece.sources
+        piece = place.piece
         inputs = tuple(
-            (source.model, self.roles_at(place, index)[template].name) for index, source in enumerate(sources)
+            (source.model, self.roles_at(place, index)[template].name)
+            for index, source in enumerate(piece.sources)
         )
         name = template if place.out_layer is None else layer_name(template, place.out_layer)
         infos = [self.checkpoints[model].tensors[tensor] for model, tensor in inputs]
@@ -228,7 +232,7 @@ class _Planner:
             )
             self.faults.append(Fault(path=name, reason=f"the models differ in its shape: {found}"))
             return None
-        base_name = place.piece.base_model or self.recipe.base_model
+        base_name = piece.base_model or self.recipe.base_model
         models = [model for model, _ in inputs]
         base = models.index(base_name) if base_name in models else None
         is_float = all(info.dtype in TORCH_DTYPES for info in infos)
@@ -240,71 +244,24 @@ class _Planner:
             inputs=inputs,
             base=base,
             method=self.method,
-            shared=self.parameters(place, name, base, None),
+            shared=self.parameters.of(piece, None, name, base=base, depth=place.depth),
             values=tuple(
-                self.parameters(place, tensor, base, index) for index, (_, tensor) in enumerate(inputs)
+                self.parameters.of(piece, index, tensor, base=base, depth=place.depth)
+                for index, (_, tensor) in enumerate(inputs)
             ),
             seed=self.recipe.evomerge.seed,
+            rescale=self.rescales.get(name),
         )
 
-    def parameters(
-        self, place: _Place, tensor_name: str, base: int | None, index: int | None
-    ) -> Mapping[str, bool | int | float | None]:
-        """Values of the parameters of one input, or with None of those that all share."""
-        key = (id(place.piece), base, index)
-        if key in self.same:
-            return self.same[key]
-        source = None if index is None else place.piece.sources[index]
-        scopes = (
-            {Scope.RECIPE} if index is None else {Scope.MODEL, *([Scope.NON_BASE] if index != base else [])}
-        )
-        levels = [
-            source.parameters if source is not None else None,
-            place.piece.parameters,
-            place.module.parameters if place.module is not None else None,
-            self.recipe.parameters,
-        ]
-        wanted = [parameter for parameter in self.method.parameters if parameter.scope in scopes]
-        found = {
-            parameter.name: self.value(parameter, tensor_name, place, source, levels) for parameter in wanted
-        }
-        # Most settings are the same for all tensors of a slice, and looking them up again for every tensor
-        # would take most of the time of planning.
-        if all(_is_fixed(parameter, levels) for parameter in wanted):
-            self.same[key] = found
-        return found
 
-    def value(
-        self,
-        parameter: Parameter,
-        tensor_name: str,
-        place: _Place,
-        source: InputSlice | None,
-        levels: Sequence[Parameters | None],
-    ) -> bool | int | float | None:
-        for level in levels:
-            if level and parameter.name in level:
-                try:
-                    value = evaluate(
-                        level[parameter.name], tensor_name=tensor_name, depth=place.depth, kind=parameter.kind
-                    )
-                except ValueError as error:  # a gradient of counts, between two of them
-                    reason = f"{error} for the tensor {tensor_name}"
-                    raise ConfigurationError(
-                        self.recipe.fault(("parameters", parameter.name), reason)
-                    ) from None
-                if value is not None:
-                    return parameter.check(value)
-        if parameter.required:
-            of = f" of {source.model}" if source is not None else ""
-            reason = f"{self.method.name} requires it, but no setting{of} matches the tensor {tensor_name}"
-            raise ConfigurationError(self.recipe.fault(("parameters", parameter.name), reason))
-        return parameter.default
-
-
-def _is_fixed(parameter: Parameter, levels: Sequence[Parameters | None]) -> bool:
-    """Whether a parameter has one value for all tensors of a slice: a number without filter, or none at all."""
-    setting = next((level[parameter.name] for level in levels if level and parameter.name in level), None)
-    if setting is None:
-        return not parameter.required
-    return bool(setting) and setting[0].filter in (None, "*") and not isinstance(setting[0].value, list)
+def _scale_faults(recipe: Recipe, tensors: Sequence[TensorPlan]) -> Iterator[Fault]:
+    """What keeps merged tensors from being scaled."""
+    planned = {tensor.name: tensor for tensor in tensors} if recipe.evomerge.scales else {}
+    for number, scale in enumerate(recipe.evomerge.scales):
+        place = ("evomerge", "scales", number, "tensor")
+        tensor = planned.get(scale.tensor)
+        if tensor is None:
+            reason = f"the merged model has no tensor {scale.tensor!r}{nearest(scale.tensor, planned)}"
+            yield recipe.fault(place, reason)
+        elif tensor.dtype is None:
+            yield recipe.fault(place, f"{scale.tensor!r} is copied, not merged, so it cannot be scaled")

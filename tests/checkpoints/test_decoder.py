@@ -54,6 +54,14 @@ BRANCHES: dict[str, dict[str, Any]] = {
 }
 
 
+READERS = {
+    "Olmo2": {
+        "attention": ("self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"),
+        "mlp": ("mlp.gate_proj", "mlp.up_proj"),
+    }
+}
+
+
 def names_of(*layer: str, count: int = 2, outside: tuple[str, ...] = OUTSIDE) -> list[str]:
     return [f"model.layers.{n}.{rest}" for n in range(count) for rest in layer] + list(outside)
 
@@ -80,6 +88,8 @@ def test_the_branches_of_every_architecture_are_found(saved: tuple[str, list[str
     for number, layer in enumerate(layers):
         for part, branch in (("attention", layer.attention), ("mlp", layer.mlp)):
             writers, before, after = BRANCHES[name][part]
+            readers = READERS.get(name, {}).get(part, ())
+            assert branch.readers == tuple(f"{container}.{number}.{module}.weight" for module in readers)
             for modules, found in (
                 (writers, branch.writers),
                 ((before,), branch.input_norm),
@@ -105,6 +115,7 @@ def test_the_parts_outside_the_layers_are_found(saved: tuple[str, list[str], dic
     }.get(name, ("model.embed_tokens.weight", (), "model.norm"))
     assert decoder.token_embeddings == (token,)
     assert decoder.position_embeddings == position
+    assert decoder.embedding_norm == ()
     assert set(decoder.final_norm) == {f"{norm}.weight", f"{norm}.bias"} & set(names)
 
 
@@ -168,9 +179,40 @@ def test_writers_of_other_architectures_are_found(name: str, part: str) -> None:
     assert f"model.layers.1.{name}" in getattr(layer, part).writers
 
 
+POST_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+
+
+def test_all_that_reads_the_stream_without_a_norm_is_found_but_no_bias() -> None:
+    experts = [f"mlp.experts.{n}.{kind}_proj.weight" for n in range(2) for kind in ("gate", "up", "down")]
+    inside = (
+        "self_attn.q_proj.bias",
+        "self_attn.q_norm.weight",
+        "mlp.gate.weight",
+        "mlp.experts.gate_up_proj_bias",
+    )
+    for number, layer in enumerate(find_branches(names_of(*LAYER, *POST_NORMS, *inside, *experts))):
+        read = (*layer.attention.readers, *layer.mlp.readers)
+        assert [name.removeprefix(f"model.layers.{number}.") for name in read] == [
+            "self_attn.q_proj.weight",
+            *(name for name in experts if "down" not in name),
+            "mlp.gate.weight",
+            "mlp.up_proj.weight",
+        ]
+
+
+@pytest.mark.parametrize("norms", [(), NORMS, ("ln_1.weight",)])
+def test_what_a_norm_may_come_before_reads_no_stream(norms: tuple[str, ...]) -> None:
+    for layer in find_branches(names_of(*LAYER, *norms)):
+        assert (layer.attention.readers, layer.mlp.readers) == ((), ())
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (
+            names_of(*LAYER, *POST_NORMS, "self_attn.kv_b_proj.weight"),
+            "layer 0: no norm comes before the attention branch, .* told: model.layers.0.self_attn.kv_b_proj",
+        ),
         (
             names_of(LAYER[0], *LAYER[2:]),
             "layer 0: expected the matrix through which its attention branch .* such as o_proj or dense; "
@@ -259,6 +301,7 @@ def test_the_norm_of_the_embedding_is_not_the_final_one() -> None:
     outside = ("word_embeddings.weight", "word_embeddings_layernorm.weight", "ln_f.bias", "ln_f.weight")
     decoder = find_decoder(names_of(*LAYER, outside=outside), {})
     assert decoder.token_embeddings == ("word_embeddings.weight",)
+    assert decoder.embedding_norm == ("word_embeddings_layernorm.weight",)
     assert decoder.final_norm == ("ln_f.bias", "ln_f.weight")
 
 

@@ -224,6 +224,53 @@ def test_the_workspace_bounds_what_formulas_take() -> None:
     assert prepare_tensor(plan_for("linear", big, dtype=None), Bank(sources(big))).workspace_bytes == 0
 
 
+# Tensors that are scaled after they are merged.
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize(("factor", "offset"), [(-1.7, 0.0), (0.3, 1.0), (0.0, 1.0)])
+def test_any_merged_tensor_can_be_scaled_before_it_is_rounded(
+    name: str, factor: float, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "PIECE", 100)
+    tensors = given(name, *SHAPE)
+    merged = merge_tensor(plan_for(name, tensors, dtype="float32"), sources(tensors)).double()
+    expected = factor * (offset + merged) - offset
+    exact = dataclasses.replace(plan_for(name, tensors, dtype="float32"), rescale=(factor, offset))
+    found = merge_tensor(exact, sources(tensors))
+    torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=2e-7)
+    rounded = dataclasses.replace(exact, dtype="bfloat16")
+    assert merge_tensor(rounded, sources(tensors)).equal(found.bfloat16())
+
+
+def test_any_run_of_a_scaled_tensor_has_the_bits_of_the_whole() -> None:
+    tensors = given("ties", *SHAPE)
+    plan = dataclasses.replace(plan_for("ties", tensors), rescale=(0.7, 1.0))
+    expected = merge_tensor(plan, sources(tensors)).view(-1)
+    found = torch.empty_like(expected)
+    prepared = prepare_tensor(plan, Bank(sources(tensors)))
+    for start, end in itertools.pairwise((0, 5, 700, expected.numel())):
+        assert prepared.write(found[start:end], start)
+    assert found.equal(expected)
+
+
+def test_a_small_weight_keeps_its_places_beside_the_offset() -> None:
+    tensors = [torch.tensor([1e-6, -3e-9, 0.25])]
+    plan = dataclasses.replace(plan_for("passthrough", tensors, dtype="float32"), rescale=(1.0, 1.0))
+    plan = dataclasses.replace(plan, values=({"scale": None},))
+    assert merge_tensor(plan, sources(tensors)).equal(tensors[0])
+
+
+def test_a_scale_that_overflows_is_reported() -> None:
+    tensors = given("linear", *SHAPE)
+    plan = dataclasses.replace(plan_for("linear", tensors, dtype="float16"), rescale=(1e6, 0.0))
+    prepared = prepare_tensor(plan, Bank(sources(tensors)))
+    assert not prepared.write(torch.empty(prepared.numel, dtype=torch.float16))
+    assert "too large for float16" in why_not_finite(prepared)
+    plain = prepare_tensor(dataclasses.replace(plan, rescale=None), Bank(sources(tensors)))
+    assert prepared.workspace_bytes == plain.workspace_bytes + 4 * prepared.numel
+
+
 # Tensors that are copied.
 
 COPIED = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]

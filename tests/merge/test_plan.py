@@ -204,6 +204,52 @@ def test_differing_shapes_are_named_with_both(tiny_zoo: Path, tmp_path: Path) ->
     )
 
 
+# Scales of merged tensors.
+
+
+@pytest.mark.parametrize("text", [AVERAGE, "models: [{model: $one}]\nmerge_method: passthrough\n"])
+def test_scales_reach_the_merged_tensors_they_name(tiny_zoo: Path, text: str) -> None:
+    scales = f"[{{tensor: {Q_PROJ}, factor: -2, offset: 1}}, {{tensor: lm_head.weight, factor: 3}}]"
+    found = {
+        tensor.name: tensor.rescale
+        for tensor in plan(f"{text}evomerge: {{scales: {scales}}}", tiny_zoo).tensors
+    }
+    expected = dict.fromkeys(found) | {Q_PROJ: (-2.0, 1.0), "lm_head.weight": (3.0, 0.0)}
+    assert found == expected
+
+
+def test_a_scale_of_no_merged_tensor_is_refused_with_the_nearest_name(tiny_zoo: Path) -> None:
+    names = ("model.norms.weight", "model.layers.4.self_attn.q_proj.weight", "model.embed_tokens.weight")
+    scales = ", ".join(f"{{tensor: {name}, factor: 2}}" for name in names)
+    found = refusal(f"{AVERAGE}evomerge:\n  scales: [{scales}]\n", tiny_zoo)
+    assert found == [
+        "evomerge.scales.0.tensor: the merged model has no tensor 'model.norms.weight' (did you mean "
+        "'model.norm.weight'?)",
+        f"evomerge.scales.1.tensor: the merged model has no tensor '{names[1]}' (did you mean "
+        "'model.layers.3.self_attn.q_proj.weight'?)",
+    ]
+
+
+def test_a_tensor_that_is_copied_cannot_be_scaled(tiny_zoo: Path, tmp_path: Path) -> None:
+    def add(state: dict[str, Tensor]) -> None:
+        state["model.table"] = torch.arange(3)
+
+    model = variant(tiny_zoo / "one", tmp_path / "one", change=add)
+    text = f"models: [{{model: {model}}}]\nmerge_method: passthrough\n"
+    (fault,) = refusal(f"{text}evomerge: {{scales: [{{tensor: model.table, factor: 2}}]}}", tiny_zoo)
+    assert fault.endswith(
+        "evomerge.scales.0.tensor: 'model.table' is copied, not merged, so it cannot be scaled"
+    )
+
+
+def test_a_path_is_what_passes_every_tensor_of_one_model_on(tiny_zoo: Path) -> None:
+    path = "slices: [{sources: [{model: $one, layer_range: [2, 3], parameters: {scale: 2}}]}]\n"
+    path += "merge_method: passthrough\nevomerge: {scales: [{tensor: lm_head.weight, factor: 3}]}\n"
+    assert plan(path, tiny_zoo).is_path
+    single = "models: [{model: $one}]\nmerge_method: linear\nparameters: {weight: 1}\n"
+    assert not plan(single, tiny_zoo).is_path
+
+
 def untie(state: dict[str, Tensor]) -> None:
     del state["lm_head.weight"]
 
