@@ -17,16 +17,28 @@ Metrics = Mapping[str, Mapping[str, float]]
 """task -> metric -> aggregated value."""
 
 
+class Kind(StrEnum):
+    """What values a dimension takes."""
+
+    CONTINUOUS = "continuous"
+    INTEGER = "integer"
+    """Whole numbers from `low` to `high`, whose order matters."""
+    CATEGORICAL = "categorical"
+    """Positions in `choices`, whose order says nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """One searched number.
+    """One searched number or choice.
 
     Attributes:
         name: What the number controls, such as `weight[math]` or `density[kana].mlp`.
-        low: Smallest value, inclusive.
-        high: Largest value, inclusive.
+        low: Smallest value, inclusive; 0 for a choice.
+        high: Largest value, inclusive; the position of the last choice for a choice.
         start: Value the search starts from.
         log: Whether equal steps of the search are equal ratios instead of equal differences.
+        kind: What values it takes; integers and choices are whole numbers in a genome.
+        choices: Names of the choices, for tables and messages; empty unless categorical.
     """
 
     name: str
@@ -34,6 +46,8 @@ class Dimension:
     high: float
     start: float
     log: bool = False
+    kind: Kind = Kind.CONTINUOUS
+    choices: tuple[str, ...] = ()
 
 
 class Status(StrEnum):
@@ -97,7 +111,8 @@ class Trial:
         metrics: task -> metric -> value.
         scores: File with the per-document scores, relative to the run directory, or empty.
         seconds: Wall time per phase.
-        attempts: How many times the candidate was dispatched.
+        attempts: How many times the candidate was dispatched; 0 when its outcome is that of an earlier trial of
+            the same candidate.
         counts: Tallies for the audit.
     """
 

@@ -254,8 +254,8 @@ def _faults(
 ) -> list[Fault]:
     faults: list[Fault] = []
     for item in error.errors(include_url=False):
-        path = at + _document_path(item["loc"], document.data, at)
         kind = item["type"]
+        path = at + _document_path(item["loc"], document.data, at, is_missing=kind == "missing")
         if kind == "extra_forbidden":
             known = _keys_beside(schema, item["loc"])
             reason = f"unknown key{nearest(str(item['loc'][-1]), known)}"
@@ -283,7 +283,7 @@ def _misspelt(schema: type[BaseModel], item: ErrorDetails) -> str:
     return nearest(str(item["loc"][-1]), unknown).replace("did you mean", "is it meant by")
 
 
-def _document_path(loc: tuple[int | str, ...], data: Any, at: FieldPath) -> FieldPath:
+def _document_path(loc: tuple[int | str, ...], data: Any, at: FieldPath, *, is_missing: bool) -> FieldPath:
     """Drop the names of union branches, which pydantic puts into its locations."""
     for part in at:
         data = data[part]
@@ -294,7 +294,7 @@ def _document_path(loc: tuple[int | str, ...], data: Any, at: FieldPath) -> Fiel
             data = data[part]
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             data = data[part]
-        elif not (is_last and isinstance(data, dict)):
+        elif not (is_last and is_missing):
             continue
         path.append(part)
     return tuple(path)

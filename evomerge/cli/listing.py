@@ -52,7 +52,10 @@ def spaces(as_json: bool) -> None:
     """List the types of search spaces."""
     from evomerge.spaces import SPACES
 
-    _show([{"name": name, "summary": kind.summary} for name, kind in SPACES.items()], as_json)
+    entries = [
+        {"name": name, "summary": kind.summary, "reference": kind.reference} for name, kind in SPACES.items()
+    ]
+    _show(entries, as_json)
 
 
 @click.command()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from evomerge.errors import ConfigurationError, nearest
 from evomerge.records import Dimension
 from evomerge.search.base import Searcher, SearcherOptions
+from evomerge.search.cat_cma import CatCma, CatCmaOptions
 from evomerge.search.cma_es import CmaEs, CmaEsOptions
 from evomerge.search.random_search import RandomOptions, RandomSearch
 
@@ -41,6 +42,12 @@ SEARCHERS: dict[str, SearcherSpec] = {
         reference="https://arxiv.org/abs/1604.00772",
         options=CmaEsOptions,
         build=CmaEs,
+    ),
+    "catcma": SearcherSpec(
+        summary="CMA-ES for numbers, whole numbers and choices together, each searched in its own way.",
+        reference="https://arxiv.org/abs/2504.07884",
+        options=CatCmaOptions,
+        build=CatCma,
     ),
     "random": SearcherSpec(
         summary="Uniform draws within the bounds; the baseline every searcher should beat.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ConfigDict
 
 from evomerge.records import Dimension, Genome
 from evomerge.search.units import UnitCube
+
+MAX_SIGMA = 1 / 3
+"""Largest standard deviation along a coordinate of the unit cube; beyond it samples are all but uniform."""
 
 
 class Searcher(Protocol):
@@ -110,3 +114,21 @@ class GenerationalSearcher(ABC):
 def default_population(num_dimensions: int) -> int:
     """Return 4 + floor(3 ln n), equation 48 of the CMA-ES tutorial, for n dimensions to search."""
     return 4 + math.floor(3 * math.log(max(num_dimensions, 1)))
+
+
+def ranks(fitnesses: Sequence[float | None]) -> list[int]:
+    """Return for each candidate how many are strictly better; None is worse than every number."""
+    losses = [math.inf if fitness is None else -float(fitness) for fitness in fitnesses]
+    ascending = sorted(losses)
+    return [bisect_left(ascending, loss) for loss in losses]
+
+
+def places(losses: Sequence[float]) -> list[float]:
+    """Return 0.0 for the smallest loss, 1.0 for the next and so on, equals in their order.
+
+    Distinct numbers, so that the outcome does not hang on how an optimiser's sort treats equals.
+    """
+    found = [0.0] * len(losses)
+    for place, position in enumerate(sorted(range(len(losses)), key=losses.__getitem__)):
+        found[position] = float(place)
+    return found

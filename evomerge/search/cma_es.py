@@ -28,7 +28,6 @@ serve: given as an option it penalises the clipped points, that is nothing, and 
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -36,10 +35,7 @@ import numpy
 from pydantic import Field
 
 from evomerge.records import Dimension
-from evomerge.search.base import GenerationalSearcher, SearcherOptions
-
-MAX_SIGMA = 1 / 3
-"""Largest standard deviation along a coordinate of the unit cube; beyond it samples are all but uniform."""
+from evomerge.search.base import MAX_SIGMA, GenerationalSearcher, SearcherOptions, places, ranks
 
 
 class CmaEsOptions(SearcherOptions):
@@ -116,16 +112,12 @@ class CmaEs(GenerationalSearcher):
         return [into_cube(point)[: self.cube.size].tolist() for point in self._points]
 
     def _learn(self, fitnesses: Sequence[float | None]) -> None:
-        losses: list[float] = [float(rank) for rank in _ranks(fitnesses)]
+        losses: list[float] = [float(rank) for rank in ranks(fitnesses)]
         if self._penalised:
             losses = [loss + self._penalty(point) for loss, point in zip(losses, self._points, strict=True)]
         if min(losses) == max(losses):
             return
-        # Distinct places, so that the outcome does not hang on how numpy's sort treats equals.
-        places = [0.0] * self.population
-        for place, position in enumerate(sorted(range(self.population), key=losses.__getitem__)):
-            places[position] = float(place)
-        self._strategy.tell(self._points, places)
+        self._strategy.tell(self._points, places(losses))
 
     def _penalty(self, point: Any) -> float:
         # The paper's starting weight, 2 delta_fit / sigma_i^2, with the interquartile range of ranks,
@@ -136,10 +128,3 @@ class CmaEs(GenerationalSearcher):
 
 def _clip(point: Any) -> Any:
     return numpy.clip(point, 0.0, 1.0)
-
-
-def _ranks(fitnesses: Sequence[float | None]) -> list[int]:
-    """Return for each candidate how many are strictly better; None is worse than every number."""
-    losses = [numpy.inf if fitness is None else -float(fitness) for fitness in fitnesses]
-    ascending = sorted(losses)
-    return [bisect_left(ascending, loss) for loss in losses]

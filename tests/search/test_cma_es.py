@@ -3,7 +3,7 @@ from statistics import mean, pstdev
 
 import pytest
 
-from evomerge.records import Dimension
+from evomerge.records import Dimension, Kind
 from evomerge.search.cma_es import CmaEs, CmaEsOptions
 from evomerge.search.random_search import RandomOptions, RandomSearch
 
@@ -117,6 +117,19 @@ def test_the_first_generation_surrounds_the_start_by_sigma():
     values = [value for genome in genomes for value in genome]
     assert mean(values) == pytest.approx(1.0, abs=0.005)
     assert pstdev(values) == pytest.approx(0.04, rel=0.1)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("start", [0.0, 2.0])
+def test_the_starting_choice_leads_the_first_generation_without_being_alone(start, bounds):
+    method = Dimension(
+        name="method", low=0.0, high=3.0, start=start, kind=Kind.CATEGORICAL, choices=tuple("abcd")
+    )
+    genomes = CmaEs([method, *unit(2)], 1, CmaEsOptions(bounds=bounds, population=2000)).ask()
+    shares = [mean(genome[0] == choice for genome in genomes) for choice in range(4)]
+    # Four independent normal draws of deviation 1/6, one of which is 0.2 ahead, by quadrature: 0.614.
+    assert shares.pop(int(start)) == pytest.approx(0.614, abs=0.045)
+    assert shares == pytest.approx([(1 - 0.614) / 3] * 3, abs=0.035)
 
 
 @pytest.mark.parametrize("bounds", BOUNDS)

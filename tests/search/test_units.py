@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from evomerge.records import Dimension
-from evomerge.search.units import UnitCube
+from evomerge.records import Dimension, Kind
+from evomerge.search.units import START_CHOSEN, START_OTHER, UnitCube
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
@@ -17,6 +17,29 @@ def dimensions(draw):
     log = draw(st.booleans())
     low, start, high = sorted(draw(st.tuples(*[POSITIVE if log else NUMBERS] * 3)))
     return Dimension(name="d", low=low, high=high, start=start, log=log)
+
+
+def integer(low, high, start):
+    return Dimension(name="layer", low=low, high=high, start=start, kind=Kind.INTEGER)
+
+
+def choice(choices="abc", start=0.0, **change):
+    found = Dimension(
+        name="method",
+        low=0.0,
+        high=len(choices) - 1.0,
+        start=start,
+        kind=Kind.CATEGORICAL,
+        choices=tuple(choices),
+    )
+    return dataclasses.replace(found, **change)
+
+
+@st.composite
+def integers(draw):
+    whole = st.one_of(st.integers(-9, 9), st.integers(-(2**53), 2**53)).map(float)
+    low, start, high = sorted(draw(st.tuples(whole, whole, whole)))
+    return integer(low, high, start)
 
 
 def dimension(low=0.0, high=1.0, start=0.5, log=False):
@@ -34,7 +57,25 @@ def test_no_point_of_the_cube_leaves_the_bounds(d, u):
     assert d.low <= value <= d.high
 
 
-@given(dimensions())
+@given(integers(), st.floats(0, 1))
+@example(integer(0.0, 2.0, 0.0), math.nextafter(1, 0))
+@example(integer(-(2.0**53), 2.0**53, 0.0), math.nextafter(1, 0))
+def test_every_point_of_an_integer_s_coordinate_is_a_whole_number_within_its_bounds(d, u):
+    cube = UnitCube([d])
+    (value,) = cube.genome([u] * cube.size)
+    assert type(value) is float
+    assert value.is_integer()
+    assert d.low <= value <= d.high
+
+
+@given(integers())
+def test_the_start_of_an_integer_comes_back_exactly_unless_its_bins_are_finer_than_floats(d):
+    cube = UnitCube([d])
+    (value,) = cube.genome(cube.start)
+    assert value == pytest.approx(d.start, abs=2**-50 * (d.high - d.low))
+
+
+@given(st.one_of(dimensions(), integers()))
 def test_the_corners_of_the_cube_are_the_bounds_exactly(d):
     cube = UnitCube([d])
     assert cube.genome([0.0] * cube.size) == (d.low,)
@@ -67,6 +108,59 @@ def test_a_constant_dimension_takes_no_coordinate_and_keeps_its_value():
     cube = UnitCube([dimension(low=0.1, high=0.1, start=0.1), dimension(), dimension(2, 2, 2, log=True)])
     assert cube.size == 1
     assert cube.genome([0.3]) == (0.1, 0.3, 2)
+
+
+def test_an_integer_has_one_coordinate_with_a_bin_of_equal_size_per_whole_number():
+    cube = UnitCube([integer(-1.0, 2.0, 1.0)])
+    edges = [0.0, 0.25, 0.5, 0.75]
+    assert cube.start == (0.625,)
+    assert [cube.genome([u]) for u in edges] == [(-1.0,), (0.0,), (1.0,), (2.0,)]
+    assert [cube.genome([math.nextafter(u, 0)]) for u in [*edges[1:], 1]] == [(-1.0,), (0.0,), (1.0,), (2.0,)]
+    assert cube.genome([1.0]) == (2.0,)
+
+
+def test_a_choice_has_a_coordinate_per_name_and_takes_the_largest_the_first_among_equals():
+    cube = UnitCube([dimension(), choice("abcd", start=2.0), dimension()])
+    assert cube.size == 6
+    assert cube.genome([0.5, 0.1, 0.3, 0.2, 0.9, 0.5]) == (0.5, 3.0, 0.5)
+    assert cube.genome([1.0, 0.1, 0.3, 0.2, 0.3, 0.0]) == (1.0, 1.0, 0.0)
+    assert cube.genome([0.0] * 6) == (0.0, 0.0, 0.0)
+    assert all(type(value) is float for value in cube.genome([0] * 6))
+
+
+def test_the_starting_choice_is_ahead_of_the_others():
+    cube = UnitCube([choice("abcd", start=2.0), dimension()])
+    assert cube.start == (START_OTHER, START_OTHER, START_CHOSEN, START_OTHER, 0.5)
+    assert pytest.approx(0.2) == START_CHOSEN - START_OTHER
+    assert cube.genome(cube.start) == (2.0, 0.5)
+
+
+def test_constant_integers_and_choices_take_no_coordinate():
+    cube = UnitCube([integer(3.0, 3.0, 3.0), choice("a"), integer(0.0, 1.0, 0.0)])
+    assert cube.size == 1
+    assert cube.genome([0.5]) == (3.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("impossible", "complaint"),
+    [
+        (integer(0.5, 3.0, 1.0), "whole numbers"),
+        (integer(0.0, 3.5, 1.0), "whole numbers"),
+        (integer(0.0, 3.0, 1.5), "whole numbers"),
+        (integer(0.0, 2.0**54, 1.0), r"whole numbers up to 2\^53"),
+        (dataclasses.replace(integer(1.0, 8.0, 1.0), log=True), "log scale is for continuous"),
+        (choice(log=True), "log scale is for continuous"),
+        (choice(start=0.5), "whole numbers"),
+        (choice(start=3.0), "low <= start <= high"),
+        (choice(low=-1.0), "position of the last of its choices"),
+        (choice(high=3.0), "position of the last of its choices"),
+        (choice(high=1.0), "position of the last of its choices"),
+        (choice(high=0.0, choices=()), "position of the last of its choices"),
+    ],
+)
+def test_an_impossible_integer_or_choice_is_refused_by_name(impossible, complaint):
+    with pytest.raises(ValueError, match=rf"dimension (layer|method): .*{complaint}"):
+        UnitCube([dimension(), impossible])
 
 
 @pytest.mark.parametrize(

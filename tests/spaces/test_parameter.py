@@ -232,8 +232,9 @@ def test_constants_reach_every_model(tiny_zoo: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("type: parameter", "type: [a]", "s.yml:1: type: expected one of parameter, got ['a']"),
-        ("type: parameter", "type: paramter", "s.yml:1: type: expected one of parameter, got 'paramter'"),
+        ("type: parameter", "type: [a]", "s.yml:1: type: expected one of parameter, data_flow, joint, got ['a']"),
+        ("type: parameter", "type: paramter", "s.yml:1: type: expected one of parameter, data_flow, joint, got "
+         "'paramter' (did you mean 'parameter'?)"),
         ("dare_ties", "dare", "s.yml:2: merge_method: unknown method 'dare' (did you mean 'dare_ties'?)"),
         ("high: 1}", "hihg: 1}", "s.yml:4: parameters.density.h"),
         ("low: -1, high: 1", "low: 2, high: 1", "s.yml:5: parameters.weight: expected low <= high, got low 2"),
