@@ -2,7 +2,8 @@
 
 The model is loaded once and stays; every candidate overwrites all of its parameters in place. A parameter
 that no tensor of the recipe reaches, or a tensor that no parameter takes, is an error, so that no candidate
-can be scored on weights left over from another. `live_mapping` finds where each tensor lies.
+can be scored on weights left over from another. `live_mapping` finds where each tensor lies. Candidates may
+differ in their number of layers: `live_layers` keeps as many as the deepest needed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError, Fault
 from evomerge.merge.bank import Bank, TensorSource
 from evomerge.merge.execute import PreparedTensor, compute, is_finite, prepare_tensor, why_not_finite
+from evomerge.merge.live_layers import LayerPool
 from evomerge.merge.live_mapping import Place, live_targets, place
 from evomerge.merge.plan import MergePlan, TensorPlan
 
@@ -31,6 +34,8 @@ class LiveModel:
 
     Args:
         model: The transformers model; its parameters are changed in place and never reallocated.
+        checkpoints: Model as recipes name it -> its checkpoint; without them, recipes must have the layers that
+            the model has.
 
     Attributes:
         model: That model.
@@ -40,12 +45,11 @@ class LiveModel:
         CheckpointError: The model holds its weights in a form that a checkpoint cannot be written to.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoints: Mapping[str, Checkpoint] | None = None) -> None:
         self.model = model
-        self.targets: Mapping[str, Tensor] = MappingProxyType(live_targets(model))
-        self._names_by_place: dict[Place, list[str]] = {}
-        for name, tensor in self.targets.items():
-            self._names_by_place.setdefault(place(tensor), []).append(name)
+        self._pool = None if checkpoints is None else LayerPool(model, checkpoints)
+        self._layers: tuple[tuple[str, int], ...] | None = None
+        self._aim(live_targets(model))
 
     def write(self, plan: MergePlan, sources: Bank | Mapping[str, TensorSource]) -> None:
         """Merge every tensor of the plan into the model.
@@ -58,6 +62,12 @@ class LiveModel:
             CheckpointError: The plan and the model do not cover each other.
             NonFiniteWeightsError: A merged tensor is not finite; the model then holds a partial candidate.
         """
+        if self._pool is not None and plan.layers != self._layers:
+            self._layers = None
+            targets = self._pool.arrange(plan)
+            if targets is not None:
+                self._aim(targets)
+            self._layers = plan.layers
         self._check_cover(plan)
         bank = sources if isinstance(sources, Bank) else Bank(sources)
         direct: list[tuple[TensorPlan, Tensor]] = []
@@ -100,9 +110,16 @@ class LiveModel:
 
     def poison(self) -> None:
         """Overwrite every floating-point parameter with NaN; what a candidate leaves unwritten then shows."""
-        for tensor in self.targets.values():
+        spare = () if self._pool is None else self._pool.tensors()
+        for tensor in (*self.targets.values(), *spare):
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
+
+    def _aim(self, targets: Mapping[str, Tensor]) -> None:
+        self.targets: Mapping[str, Tensor] = MappingProxyType(dict(targets))
+        self._names_by_place: dict[Place, list[str]] = {}
+        for name, tensor in targets.items():
+            self._names_by_place.setdefault(place(tensor), []).append(name)
 
     def _check_cover(self, plan: MergePlan) -> None:
         faults = []

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,43 @@ if TYPE_CHECKING:
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Address, shape and strides: equal for two names of one live weight, as of a tied head."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LiveTensor:
+    """A parameter or buffer of a live model.
+
+    Attributes:
+        names: What the model calls it; a tied head is called two things.
+        tensor: The parameter or buffer itself.
+        parts: Name of a tensor in a checkpoint -> view of what it fills; several names may lead to one view.
+    """
+
+    names: tuple[str, ...]
+    tensor: Tensor
+    parts: Mapping[str, Tensor]
+
+
+def live_tensors(model: PreTrainedModel) -> list[LiveTensor]:
+    """Return every parameter and stored buffer that is not empty, with the checkpoint's tensors that fill it.
+
+    Raises:
+        CheckpointError: As `live_targets`.
+    """
+    targets = live_targets(model)
+    wholes: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.numel():
+            wholes.setdefault(tensor.data_ptr(), ([], tensor))[0].append(name)
+    starts = sorted(wholes)
+    parts: dict[int, dict[str, Tensor]] = {start: {} for start in starts}
+    for name, target in targets.items():
+        if target.numel():
+            parts[starts[bisect_right(starts, target.data_ptr()) - 1]][name] = target
+    return [
+        LiveTensor(names=tuple(names), tensor=tensor, parts=parts[start])
+        for start, (names, tensor) in wholes.items()
+    ]
 
 
 def live_targets(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
-"""What one worker does: hold the sources and one live model, and score one job at a time.
+"""What one worker does: hold the sources and a live model, and score one job at a time.
 
-It knows nothing of Ray or of processes; pools decide where it lives.
+A path of layers is scored by views of the sources' layers, any other merge in a model with weights of its own;
+each of the two live models is made when the first recipe needs it. A worker knows nothing of Ray or of
+processes; pools decide where it lives.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ from evomerge.fitness.base import DocumentSet, Evaluator, NonFiniteLogitsError, 
 from evomerge.merge.bank import Bank
 from evomerge.merge.live import LiveModel, NonFiniteWeightsError
 from evomerge.merge.plan import plan_merge
+from evomerge.merge.views import PathModel
 from evomerge.records import Outcome, Status
 from evomerge.workers.base import Job, WorkerSpec
 
@@ -28,7 +32,7 @@ BuildEvaluator = Callable[["PreTrainedModel", "PreTrainedTokenizerBase"], Evalua
 
 
 class Worker:
-    """Holds memory-mapped sources, a live model and an evaluator.
+    """Holds memory-mapped sources, and a live model with its evaluator.
 
     Args:
         spec: What to hold and how to score.
@@ -43,17 +47,24 @@ class Worker:
         self._spec = spec
         self._sources = {name: Checkpoint.open(folder) for name, folder in spec.models.items()}
         self._build_evaluator = build_evaluator or _harness(spec)
-        model, tokenizer = load_model(spec.models[spec.donor], spec)
-        self._live = LiveModel(model)
         self._bank = Bank(
             self._sources, device=spec.device, statistics=spec.statistics, budget=spec.memory_budget
         )
-        self._evaluator = self._build_evaluator(model, tokenizer)
 
     @property
     def live(self) -> LiveModel:
-        """The resident model."""
-        return self._live
+        """The resident model whose weights are written."""
+        return self._merged[0]
+
+    @cached_property
+    def _merged(self) -> tuple[LiveModel, Evaluator]:
+        model, tokenizer = load_model(self._spec.models[self._spec.donor], self._spec)
+        return LiveModel(model, self._sources), self._build_evaluator(model, tokenizer)
+
+    @cached_property
+    def _path(self) -> tuple[PathModel, Evaluator]:
+        model, tokenizer = load_model(self._spec.models[self._spec.donor], self._spec)
+        return PathModel(model, self._sources), self._build_evaluator(model, tokenizer)
 
     def run(self, job: Job) -> Outcome:
         """Score a job; what is wrong with the candidate or the machine becomes the outcome's status."""
@@ -63,9 +74,11 @@ class Worker:
                 materialised, scores = self._score_checkpoint(job.checkpoint, job.documents)
             else:
                 assert job.recipe is not None
-                self._live.write(plan_merge(job.recipe, self._sources), self._bank)
+                plan = plan_merge(job.recipe, self._sources)
+                model, evaluator = self._path if plan.is_path else self._merged
+                model.write(plan, self._bank)
                 materialised = time.perf_counter()
-                scores = self._evaluator.evaluate(job.documents)
+                scores = evaluator.evaluate(job.documents)
         except (NonFiniteWeightsError, NonFiniteLogitsError, EvomergeError) as error:
             return Outcome(status=Status.INVALID, reason=str(error), seconds=_since(started))
         except Exception as error:  # torch alone reports exhausted memory in several ways
@@ -101,7 +114,12 @@ def load_model(folder: Path, spec: WorkerSpec) -> tuple[PreTrainedModel, PreTrai
 def _harness(spec: WorkerSpec) -> BuildEvaluator:
     from evomerge.fitness.harness import HarnessEvaluator, TaskLibrary
 
-    library = TaskLibrary(spec.tasks, spec.include_path, allow_code=spec.allow_task_code)
+    library = TaskLibrary(
+        spec.tasks,
+        spec.include_path,
+        allow_code=spec.allow_task_code,
+        data_dir=spec.evaluation.data_dir,
+    )
 
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluator:
         return HarnessEvaluator(model, tokenizer, library, spec.metrics, spec.evaluation)

@@ -20,7 +20,7 @@ from evomerge.records import Outcome, Status
 from evomerge.workers import DeferredPool, worker_memory
 from evomerge.workers.base import Job, WorkerPool, WorkerSpec
 from evomerge.workers.inline import InlinePool
-from evomerge.workers.worker import Worker
+from evomerge.workers.worker import Worker, load_model
 from tests.merge.models import variant
 from tests.tiny import make_model
 
@@ -161,6 +161,88 @@ def test_a_checkpoint_that_cannot_be_loaded_fails_alone(worker: Worker, tmp_path
     assert outcome.status is Status.FAILED
     assert "nowhere" in outcome.reason
     assert content(score(worker, recipe(0.2))) == before
+
+
+def along(hops: list[tuple[str, int]], scale: float = 1.0, **more: Any) -> Recipe:
+    """A path of layers; the scale is that of all that is written to the residual stream."""
+    writers = ("o_proj", "down_proj", "embed_tokens")
+    setting = [*({"filter": name, "value": scale} for name in writers), {"value": 1.0}]
+    parameters = {} if scale == 1 else {"parameters": {"scale": setting}}
+    slices = [{"sources": [{"model": m, "layer_range": [i, i + 1], **parameters}]} for m, i in hops]
+    settings = {"merge_method": "passthrough", "dtype": "float32", "out_dtype": "bfloat16", "slices": slices}
+    return Recipe.from_dict({**settings, **more})
+
+
+def merged_along(hops: list[int]) -> Recipe:
+    slices = [
+        {"sources": [{"model": model, "layer_range": [i, i + 1]} for model in ("base", "one", "two")]}
+        for i in hops
+    ]
+    more = {"models": None, "slices": slices, "parameters": {"weight": 0.5}}
+    values = {key: value for key, value in (recipe(0.5).to_dict() | more).items() if value is not None}
+    return Recipe.from_dict(values)
+
+
+LONG = along([("one", 0), ("two", 1), ("one", 2), ("two", 1), ("one", 1), ("two", 3), ("one", 3)])
+SHORT = along([("two", 3), ("one", 1)])
+
+
+@pytest.mark.parametrize("wanted", [LONG, SHORT, merged_along([0, 2, 1, 1, 3, 3]), merged_along([1, 3])])
+def test_recipes_of_other_depths_score_as_their_checkpoints_do(
+    worker: Worker, wanted: Recipe, spec: WorkerSpec, tmp_path: Path
+) -> None:
+    """lm-eval is bound to one model, whose number of layers changes."""
+    checkpoints = {name: Checkpoint.open(folder) for name, folder in spec.models.items()}
+    export_model(wanted, checkpoints, tmp_path / "model")
+    live = score(worker, wanted)
+    assert content(score(worker, tmp_path / "model")) == content(live)
+    assert live.seconds["total"] == pytest.approx(
+        live.seconds["materialise"] + live.seconds["forward"] + live.seconds["other"], abs=1e-9
+    )
+
+
+def test_a_path_with_scales_scores_as_its_checkpoint_does(spec: WorkerSpec, tmp_path: Path) -> None:
+    """In float32, where scaling weights and scaling results is the same."""
+    wide = replace(spec, evaluation=spec.evaluation.model_copy(update={"dtype": "float32"}))
+    worker = Worker(wide)
+    wanted = along([("one", 0), ("two", 1), ("one", 2), ("two", 1)], -0.7, out_dtype="float32")
+    checkpoints = {name: Checkpoint.open(folder) for name, folder in spec.models.items()}
+    export_model(wanted, checkpoints, tmp_path / "model")
+    live = content(score(worker, wanted))
+    assert content(score(worker, tmp_path / "model")) == live
+    assert live != content(score(worker, along([("one", 0), ("two", 1), ("one", 2), ("two", 1)])))
+
+
+@pytest.mark.parametrize("kind", ["worker", "fake_worker"])
+def test_scores_depend_on_the_recipe_alone_across_kinds_of_recipes(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    worker: Worker = request.getfixturevalue(kind)
+    scaled = along([("one", 0), ("one", 0), ("two", 3)], 3.0)
+    recipes = [LONG, recipe(0.3), merged_along([0, 1, 2, 3, 3, 3]), SHORT, scaled, recipe(2.0)]
+    order = [0, 1, 2, 3, 4, 5, 0, 4, 2, 5, 1, 3, 3, 0]
+    found: dict[int, list[Any]] = {}
+    for index in order:
+        worker.live.poison()
+        found.setdefault(index, []).append(content(score(worker, recipes[index])))
+    assert all(outcome == outcomes[0] for outcomes in found.values() for outcome in outcomes)
+    assert len({str(outcomes[0]) for outcomes in found.values()}) > 4
+
+
+def test_a_worker_holds_only_the_live_model_that_its_recipes_need(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evomerge.workers import worker as module
+
+    loaded = []
+    monkeypatch.setattr(module, "load_model", lambda *given: loaded.append(given) or load_model(*given))
+    for kinds, expected in (([SHORT, LONG], 1), ([recipe(0.1), recipe(0.2)], 1), ([SHORT, recipe(0.1)], 2)):
+        worker = fake(spec)
+        assert loaded == []
+        for wanted in kinds + kinds:
+            assert score(worker, wanted).status is Status.OK
+        assert len(loaded) == expected
+        loaded.clear()
 
 
 class _Raises:
