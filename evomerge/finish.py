@@ -18,12 +18,13 @@ from typing import Literal
 from evomerge.errors import EvomergeError
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import fitness
-from evomerge.loop import Run
+from evomerge.loop import Decoded, Run
 from evomerge.merge.export import export_model
 from evomerge.prepare import PreparedRun
 from evomerge.recipe import Recipe
-from evomerge.records import Final, Outcome, Status, Trial
+from evomerge.records import Final, Outcome, Status
 from evomerge.report.holdout import WINNER
+from evomerge.report.path_map import write_path_map
 from evomerge.spaces.base import short_names
 from evomerge.workers.base import Job
 
@@ -41,23 +42,23 @@ class _Entry:
     recorded_recipe: Recipe | None = None
 
 
-def finish(run: Run, prepared: PreparedRun, best: Trial) -> None:
+def finish(run: Run, prepared: PreparedRun, winner: Decoded) -> None:
     """Score the winner, the sources and the baselines on the holdout, and record it.
 
     Args:
-        run: The run whose search is over.
+        run: The run whose last search is over.
         prepared: Its experiment.
-        best: The winning trial.
+        winner: Its winner.
 
     Raises:
         RunStoppedError: A stop was asked for.
         EvomergeError: The winner's checkpoint cannot be scored.
     """
-    winner = run.space.decode(best.genome)
     run.write_status("finishing")
+    write_path_map(run.run_dir.best_path, winner.stage, winner.trial, base=prepared.base)
     if not prepared.holdout_documents:
         if prepared.experiment.finish.export_model and not run.run_dir.best_model.exists():
-            export_model(winner, prepared.checkpoints, run.run_dir.best_model)
+            _export(winner, prepared, run.run_dir.best_model)
         run.news(
             "no holdout documents were kept (evaluation.holdout is 0), so nothing can be said beyond the search"
         )
@@ -69,14 +70,20 @@ def finish(run: Run, prepared: PreparedRun, best: Trial) -> None:
         _Entry(name=name, checkpoint=prepared.checkpoints[model].folder)
         for model, name in model_labels(prepared).items()
     ]
-    entries.append(_Entry(name=UNIFORM, recipe=uniform_average(prepared)))
+    entries += [
+        _Entry(name=f"winner of stage {stage.name}", checkpoint=run.run_dir.stage_model(stage.name))
+        for stage in prepared.stages[:-1]
+        if stage is not winner.stage
+    ]
+    if _same_depth(prepared):
+        entries.append(_Entry(name=UNIFORM, recipe=uniform_average(prepared)))
     valid = [(fitness(final.metrics, run.objectives), i) for i, final in enumerate(scored) if final.metrics]
     if valid:
         _, index = max(valid, key=lambda pair: (pair[0], -pair[1]))
         entries.append(scales[index])
     run.observer.phase("scoring the winner's checkpoint, the sources and the baselines on the holdout")
     with _winner_checkpoint(run, prepared, winner) as folder:
-        entries.insert(0, _Entry(name=WINNER, checkpoint=folder, recorded_recipe=winner))
+        entries.insert(0, _Entry(name=WINNER, checkpoint=folder, recorded_recipe=winner.recipe))
         _score(run, entries, prepared.holdout_documents, "holdout")
 
 
@@ -103,7 +110,7 @@ def uniform_average(prepared: PreparedRun) -> Recipe:
 def single_scale(prepared: PreparedRun) -> dict[str, Recipe]:
     """Task arithmetic with one scale for all sources, for every scale to be tried, by name."""
     others = [model for model in prepared.sources if model != prepared.base]
-    if prepared.base is None or not others:
+    if prepared.base is None or not others or not _same_depth(prepared):
         return {}
     return {
         f"{SINGLE_SCALE} {scale:g}": Recipe.from_dict(
@@ -118,15 +125,21 @@ def single_scale(prepared: PreparedRun) -> dict[str, Recipe]:
     }
 
 
+def _same_depth(prepared: PreparedRun) -> bool:
+    """Whether the models can be merged layer by layer; those of a path of layers need not be that alike."""
+    return len(set(prepared.stages[0].depths.values())) <= 1
+
+
 def _dtypes(prepared: PreparedRun) -> dict[str, str]:
-    start = prepared.space.decode(tuple(dimension.start for dimension in prepared.space.dimensions))
+    space = prepared.stages[0].space
+    start = space.decode(tuple(dimension.start for dimension in space.dimensions))
     assert start.dtype is not None
     assert start.out_dtype is not None
     return {"dtype": start.dtype, "out_dtype": start.out_dtype}
 
 
 @contextmanager
-def _winner_checkpoint(run: Run, prepared: PreparedRun, winner: Recipe) -> Iterator[Path]:
+def _winner_checkpoint(run: Run, prepared: PreparedRun, winner: Decoded) -> Iterator[Path]:
     """The winner's checkpoint: kept in `best/model` when asked for, else for the time of its scoring."""
     keep = prepared.experiment.finish.export_model
     folder = run.run_dir.best_model if keep else run.run_dir.path / "best" / "model-for-holdout"
@@ -134,11 +147,15 @@ def _winner_checkpoint(run: Run, prepared: PreparedRun, winner: Recipe) -> Itera
     try:
         if not folder.exists() and (keep or not is_scored):
             run.observer.phase("writing the winner's checkpoint")
-            export_model(winner, prepared.checkpoints, folder)
+            _export(winner, prepared, folder)
         yield folder
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export(winner: Decoded, prepared: PreparedRun, folder: Path) -> None:
+    export_model(winner.recipe, prepared.checkpoints, folder, merges=winner.merges)
 
 
 def _score(

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,21 @@ from pydantic import TypeAdapter
 from evomerge.checkpoints.architecture import num_layers
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.reference import ModelReference, absolute, resolve
-from evomerge.checkpoints.tokenizer import difference, same_vocabulary
-from evomerge.errors import CheckpointError, ConfigurationError, Fault, nearest
-from evomerge.experiment import Experiment, read_experiment
+from evomerge.errors import ConfigurationError, Fault, nearest
+from evomerge.experiment import Experiment, SearchSettings, read_experiment
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.harness import TaskLibrary, split_documents
 from evomerge.fitness.objectives import Objective
+from evomerge.loop import Stage
+from evomerge.merge.anatomy import anatomy_of
 from evomerge.merge.check import check_recipe
-from evomerge.merge.layout import tied_heads
+from evomerge.merge.compatible import check_compatible, differing_keys
 from evomerge.merge.plan import TORCH_DTYPES, plan_merge
-from evomerge.search import SEARCHERS, Searcher, SearcherOptions, build_searcher
-from evomerge.spaces import SearchSpace, SourceModels, build_space
+from evomerge.search import SEARCHERS, SearcherOptions, build_searcher
+from evomerge.spaces import SPACES, SourceModels, build_space, chooses_layers, needs_anatomies
+from evomerge.spaces.limits import size_of
 from evomerge.workers.base import WorkerSpec
 from evomerge.yaml_file import Document, FieldPath, read_single, validate
-
-CONFIG_KEYS_THAT_MAY_DIFFER = {
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-"""Config entries in which merged models may differ without computing anything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +44,21 @@ class PreparedRun:
     Attributes:
         experiment: The experiment with everything it left open filled in: absolute paths, the search space,
             filters and directions.
-        space: Its search space.
+        stages: Its searches.
         objectives: What to optimise.
         search_documents: Documents that candidates are scored on.
         holdout_documents: Documents that judge the result; empty when none were kept.
-        checkpoints: Model as recipes name it -> its checkpoint.
+        checkpoints: Model as recipes name it -> its checkpoint. The winner of a stage, which later stages merge,
+            is here once that stage is over; see `with_winner`.
         base: The base model as recipes name it, or None.
         sources: The source models as recipes name them.
         library: The loaded tasks.
         spec: What each worker needs.
-        searcher_options: The algorithm's own options.
-        inputs: Model or task -> hash of its content.
         warnings: What is unusual but not wrong.
     """
 
     experiment: Experiment
-    space: SearchSpace
+    stages: tuple[Stage, ...]
     objectives: tuple[Objective, ...]
     search_documents: tuple[DocumentSet, ...]
     holdout_documents: tuple[DocumentSet, ...]
@@ -80,14 +67,26 @@ class PreparedRun:
     sources: tuple[str, ...]
     library: TaskLibrary
     spec: WorkerSpec
-    searcher_options: SearcherOptions
-    inputs: Mapping[str, str]
     warnings: tuple[str, ...]
 
-    def new_searcher(self) -> Searcher:
-        """A fresh searcher; told the recorded fitness again, it proposes the recorded genomes again."""
-        search = self.experiment.search
-        return build_searcher(search.algorithm, self.space.dimensions, search.seed, self.searcher_options)
+    @cached_property
+    def inputs(self) -> Mapping[str, str]:
+        """Model or task -> hash of its content; finding it reads all bytes of models it is not known of."""
+        models = {f"model {name}": model.content_hash()[:16] for name, model in self.checkpoints.items()}
+        return models | {f"task {name}": self.library.fingerprint(name) for name in self.spec.tasks}
+
+    def with_winner(self, stage: Stage, folder: Path) -> PreparedRun:
+        """The same with the winner of a stage among the models.
+
+        Args:
+            stage: The stage.
+            folder: The checkpoint of its winner.
+        """
+        return replace(
+            self,
+            checkpoints={**self.checkpoints, stage.name: Checkpoint.open(folder)},
+            spec=replace(self.spec, models={**self.spec.models, stage.name: folder}),
+        )
 
 
 def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool = False) -> PreparedRun:
@@ -105,11 +104,14 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
     folder = path.resolve().parent
     checks = _Checks(document)
     checkpoints = checks.models(experiment, folder)
-    space_document = checks.space_document(experiment, folder)
-    with checks.collect():
-        searcher_options = _searcher_options(experiment, document)
+    spaces = checks.spaces(experiment, folder)
+    checks.compatible(experiment, checkpoints, movable=all(map(_moves_layers, spaces)))
+    options = checks.options(experiment)
     include_path = tuple(_absolute(text, folder) for text in experiment.evaluation.include_path)
-    tasks = checks.tasks(experiment, include_path, allow_code=allow_task_code)
+    data_dir = experiment.evaluation.data_dir
+    if data_dir is not None:
+        data_dir = str(_absolute(data_dir, folder))
+    tasks = checks.tasks(experiment, include_path, data_dir, allow_code=allow_task_code)
     checks.stop_if_faulty()
 
     names = {text: _recipe_name(text, folder) for text in experiment.all_models}
@@ -117,9 +119,10 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
     base = names[experiment.base_model] if experiment.base_model is not None else None
     sources = tuple(names[text] for text in experiment.models)
     donor = base or sources[0]
-    space_document = _rename_models(space_document, names)
+    spaces = [_rename_models(space, names) for space in spaces]
+    stages: tuple[Stage, ...] = ()
     with checks.collect():
-        space = _build_space(space_document, by_name, sources, base)
+        stages = _stages(experiment, spaces, options, by_name, sources, base)
     checks.stop_if_faulty()
     library, objectives = tasks
     search_documents, holdout_documents = _documents(experiment, library)
@@ -127,7 +130,7 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
         update={
             "models": list(sources),
             "base_model": base,
-            "search_space": space_document.data,
+            **_resolved_spaces(experiment, [space.data for space in spaces]),
             "objectives": [
                 settings.model_copy(
                     update={
@@ -138,20 +141,18 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
                 for settings, objective in zip(experiment.objectives, objectives, strict=True)
             ],
             "evaluation": experiment.evaluation.model_copy(
-                update={"include_path": [str(folder) for folder in include_path]}
+                update={"include_path": [str(folder) for folder in include_path], "data_dir": data_dir}
             ),
         }
     )
     task_names = tuple(dict.fromkeys(item.task for item in (*search_documents, *holdout_documents)))
-    inputs = {f"model {name}": checkpoint.content_hash()[:16] for name, checkpoint in by_name.items()}
-    inputs |= {f"task {name}": library.fingerprint(name) for name in task_names}
     metrics = {
         item.task: tuple((other.metric, other.filter) for other in objectives if other.task == item.task)
         for item in objectives
     }
     return PreparedRun(
         experiment=resolved,
-        space=space,
+        stages=stages,
         objectives=objectives,
         search_documents=search_documents,
         holdout_documents=holdout_documents,
@@ -171,10 +172,29 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
             allow_task_code=allow_task_code,
             memory_budget=resolved.workers.memory_budget,
         ),
-        searcher_options=searcher_options,
-        inputs=inputs,
         warnings=tuple(_config_differences(by_name, donor)),
     )
+
+
+def stages_of(settings: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The searches of a run.
+
+    Args:
+        settings: Its resolved experiment, from the header of its journal.
+
+    Raises:
+        ConfigurationError: A model is not there any more.
+    """
+    experiment = Experiment.model_validate(settings)
+    checkpoints = {
+        name: Checkpoint.open(resolve(ModelReference.parse(name))) for name in experiment.all_models
+    }
+    document = Document(data=settings)
+    checks = _Checks(document)
+    options, spaces = checks.options(experiment), checks.spaces(experiment, Path("/"))
+    checks.stop_if_faulty()
+    sources = tuple(experiment.models)
+    return _stages(experiment, spaces, options, checkpoints, sources, experiment.base_model)
 
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
@@ -227,30 +247,61 @@ class _Checks:
                 except ValueError as error:
                     raise ConfigurationError(str(error)) from None
                 found[text] = Checkpoint.open(resolve(reference, roots=[folder]))
-        donor = experiment.base_model or experiment.models[0]
-        if donor not in found:
-            return found
-        for text, checkpoint in found.items():
-            with self.collect(places[text]):
-                _check_compatible(checkpoint, found[donor], donor)
         return found
 
-    def space_document(self, experiment: Experiment, folder: Path) -> Document:
-        """The search space's YAML, from its file or from the experiment itself."""
-        if isinstance(experiment.search_space, str):
+    def compatible(
+        self, experiment: Experiment, checkpoints: Mapping[str, Checkpoint], *, movable: bool
+    ) -> None:
+        """Hold every model against the one that gives config and tokenizer.
+
+        Args:
+            experiment: The experiment.
+            checkpoints: Model as the experiment names it -> its checkpoint.
+            movable: Whether layers are only put in another order, never merged.
+        """
+        donor = experiment.base_model or experiment.models[0]
+        if donor not in checkpoints:
+            return
+        for text, checkpoint in checkpoints.items():
+            place = (
+                ("models", experiment.models.index(text)) if text in experiment.models else ("base_model",)
+            )
+            with self.collect(place):
+                check_compatible(checkpoint, checkpoints[donor], donor, movable=movable)
+
+    def _space(self, space: str | dict[str, Any], place: FieldPath, folder: Path) -> Document:
+        """A search space's YAML, from its file or from the experiment itself."""
+        if isinstance(space, str):
             document = Document(data={})
-            with self.collect(("search_space",)):
-                document = read_single(_absolute(experiment.search_space, folder))
+            with self.collect(place):
+                document = read_single(_absolute(space, folder))
             return document  # noqa: RET504 - `collect` swallows faults
-        lines = {
-            place[1:]: line for place, line in self.document.lines.items() if place[:1] == ("search_space",)
-        }
-        return Document(
-            data=experiment.search_space, file=self.document.file, lines=lines, prefix=("search_space",)
-        )
+        depth = len(place)
+        lines = {path[depth:]: line for path, line in self.document.lines.items() if path[:depth] == place}
+        return Document(data=space, file=self.document.file, lines=lines, prefix=place)
+
+    def options(self, experiment: Experiment) -> list[SearcherOptions]:
+        """The options of every search's algorithm."""
+        found = []
+        for number, settings in enumerate(experiment.searches):
+            with self.collect():
+                found.append(_searcher_options(settings.search, self.document, experiment.place(number)))
+        return found
+
+    def spaces(self, experiment: Experiment, folder: Path) -> list[Document]:
+        """The YAML of every search's space."""
+        return [
+            self._space(settings.search_space, (*experiment.place(number), "search_space"), folder)
+            for number, settings in enumerate(experiment.searches)
+        ]
 
     def tasks(
-        self, experiment: Experiment, include_path: tuple[Path, ...], *, allow_code: bool
+        self,
+        experiment: Experiment,
+        include_path: tuple[Path, ...],
+        data_dir: str | None,
+        *,
+        allow_code: bool,
     ) -> tuple[TaskLibrary, tuple[Objective, ...]]:
         """Load the tasks and look up the metrics."""
         places: dict[str, FieldPath] = {}
@@ -260,7 +311,7 @@ class _Checks:
                 places.setdefault(objective.holdout_task, ("objectives", index, "holdout_task"))
         library = None
         try:
-            library = TaskLibrary(list(places), include_path, allow_code=allow_code)
+            library = TaskLibrary(list(places), include_path, allow_code=allow_code, data_dir=data_dir)
         except ConfigurationError as error:
             for fault in error.faults:
                 place = places.get(fault.path, tuple(fault.path.split(".")))
@@ -277,36 +328,9 @@ class _Checks:
         return library, tuple(objectives)
 
 
-def _check_compatible(checkpoint: Checkpoint, donor: Checkpoint, donor_name: str) -> None:
-    """Refuse models that cannot be merged with the donor, by architecture, tensors or vocabulary."""
-    for key in ("model_type", "architectures"):
-        found, expected = checkpoint.config.get(key), donor.config.get(key)
-        if found != expected:
-            reason = f"its {key} is {found}, that of {donor_name} is {expected}; models must share one architecture"
-            raise CheckpointError(Fault(path="", reason=reason))
-    ours, theirs = (set(model.tensors) - set(tied_heads(model)) for model in (checkpoint, donor))
-    for name in sorted(ours ^ theirs):
-        has, lacks = ("it", donor_name) if name in ours else (donor_name, "it")
-        reason = f"{name}: {has} has this tensor and {lacks} has not; models must share one architecture"
-        raise CheckpointError(Fault(path="", reason=reason))
-    for name in sorted(ours):
-        info, other = checkpoint.tensors[name], donor.tensors[name]
-        if info.shape != other.shape:
-            reason = f"{name}: its shape is {list(info.shape)}, in {donor_name} {list(other.shape)}"
-            raise CheckpointError(Fault(path="", reason=reason))
-    if same_vocabulary(checkpoint.folder, donor.folder) is False:
-        words = difference(checkpoint.folder, donor.folder)
-        reason = (
-            f"its vocabulary differs from that of {donor_name}: {words}; models must share one vocabulary"
-        )
-        raise CheckpointError(Fault(path="", reason=reason))
-
-
 def _config_differences(checkpoints: Mapping[str, Checkpoint], donor: str) -> Iterator[str]:
-    reference = checkpoints[donor].config
     for name, checkpoint in checkpoints.items():
-        keys = (set(reference) | set(checkpoint.config)) - CONFIG_KEYS_THAT_MAY_DIFFER
-        differing = sorted(key for key in keys if reference.get(key) != checkpoint.config.get(key))
+        differing = differing_keys(checkpoint, checkpoints[donor])
         if differing:
             yield (
                 f"the config of {name} differs from that of {donor} in {', '.join(differing)}; merged models "
@@ -314,39 +338,98 @@ def _config_differences(checkpoints: Mapping[str, Checkpoint], donor: str) -> It
             )
 
 
-def _searcher_options(experiment: Experiment, document: Document) -> SearcherOptions:
-    search = experiment.search
+def _moves_layers(space: Document) -> bool:
+    """Whether candidates put layers in another order instead of merging them."""
+    kind = space.data.get("type") if isinstance(space.data, dict) else None
+    return kind in SPACES and SPACES[kind].moves_layers
+
+
+def _stages(
+    experiment: Experiment,
+    spaces: Sequence[Document],
+    options: Sequence[SearcherOptions],
+    checkpoints: Mapping[str, Checkpoint],
+    sources: tuple[str, ...],
+    base: str | None,
+) -> tuple[Stage, ...]:
+    """Fit every search space to its models, and plan its start, which every candidate resembles.
+
+    The winner of a search has the architecture of the model that gives it its config, which stands in for it
+    here, as nothing but architecture matters yet.
+
+    Raises:
+        ConfigurationError: Carries every fault found.
+    """
+    stages: list[Stage] = []
+    models, known = sources, dict(checkpoints)
+    for settings, document, its_options in zip(experiment.searches, spaces, options, strict=True):
+        fitted = source_models(known, models, base, anatomies=needs_anatomies(document))
+        space = build_space(document, fitted)
+        if chooses_layers(document) and settings.name != experiment.searches[-1].name:
+            reason = (
+                "only the last stage may choose layers: what is merged after it would have to be fitted to a model "
+                "whose layers are not known yet; put this stage last"
+            )
+            raise ConfigurationError(document.fault(("type",), reason))
+        recipe = space.decode(tuple(dimension.start for dimension in space.dimensions))
+        check_recipe(recipe)
+        known[settings.name] = known[plan_merge(recipe, known).donor]
+        models = (settings.name, *sources)
+        search = settings.search
+        stages.append(
+            Stage(
+                name=settings.name,
+                space=space,
+                new_searcher=partial(
+                    build_searcher, search.algorithm, space.dimensions, search.seed, its_options
+                ),
+                evaluations=search.evaluations,
+                first=sum(stage.evaluations for stage in stages),
+                depths=fitted.depths,
+            )
+        )
+    return tuple(stages)
+
+
+def _searcher_options(search: SearchSettings, document: Document, place: FieldPath) -> SearcherOptions:
     spec = SEARCHERS.get(search.algorithm)
     if spec is None:
         known = ", ".join(sorted(SEARCHERS))
         reason = f"expected one of {known}, got {search.algorithm!r}{nearest(search.algorithm, SEARCHERS)}"
-        raise ConfigurationError(document.fault(("search", "algorithm"), reason))
-    nested = replace(document, data={"search": search.options})
-    return validate(spec.options, nested, at=("search",))
+        raise ConfigurationError(document.fault((*place, "search", "algorithm"), reason))
+    nested: Any = search.options
+    for part in reversed((*place, "search")):
+        nested = {part: nested}
+    return validate(spec.options, replace(document, data=nested), at=(*place, "search"))
 
 
-def _build_space(
-    document: Document, checkpoints: Mapping[str, Checkpoint], sources: tuple[str, ...], base: str | None
-) -> SearchSpace:
-    """Fit the space to the models and plan its starting point, which every candidate resembles."""
-    space = build_space(document, source_models(checkpoints, sources, base))
-    recipe = space.decode(tuple(dimension.start for dimension in space.dimensions))
-    check_recipe(recipe)
-    plan_merge(recipe, checkpoints)
-    return space
+def _resolved_spaces(experiment: Experiment, spaces: Sequence[Any]) -> dict[str, Any]:
+    """The search spaces written out, as fields of the experiment."""
+    if not experiment.stages:
+        return {"search_space": spaces[0]}
+    return {
+        "stages": [
+            stage.model_copy(update={"search_space": space})
+            for stage, space in zip(experiment.stages, spaces, strict=True)
+        ]
+    }
 
 
 def source_models(
-    checkpoints: Mapping[str, Checkpoint], sources: tuple[str, ...], base: str | None
+    checkpoints: Mapping[str, Checkpoint], sources: tuple[str, ...], base: str | None, *, anatomies: bool
 ) -> SourceModels:
     """What a search space has to know of the models."""
     donor = checkpoints[base or sources[0]]
     found = {TORCH_DTYPES[info.dtype] for info in donor.tensors.values() if info.dtype in TORCH_DTYPES}
+    models = dict.fromkeys([*sources, *([base] if base else [])])
     return SourceModels(
         models=sources,
         base=base,
         num_layers=num_layers(donor.tensors),
         dtype=found.pop() if len(found) == 1 else "float32",
+        depths={model: num_layers(checkpoints[model].tensors) for model in models},
+        anatomies={model: anatomy_of(checkpoints[model]) for model in sources} if anatomies else {},
+        sizes={model: size_of(checkpoints[model]) for model in sources},
     )
 
 
@@ -361,7 +444,9 @@ def _documents(
         name, other = objective.task, objective.holdout_task
         count = library.num_documents(name)
         share = evaluation.holdout if other is None else 0.0
-        search_ids, holdout_ids = split_documents(name, count, holdout=share, limit=evaluation.limit)
+        search_ids, holdout_ids = split_documents(
+            library.split_name(name), count, holdout=share, limit=evaluation.limit
+        )
         searched[name] = DocumentSet(
             task=name, doc_ids=search_ids, name=name, complete=len(search_ids) == count
         )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from evomerge.finish import finish
 from evomerge.fitness.stock import stock_command
 from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
-from evomerge.loop import Observer, Run, StopFlag
+from evomerge.loop import Observer, Run, Stage, StopFlag, best_trial, decoded, merges_before
+from evomerge.merge.export import export_model
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.recipe import Recipe
 from evomerge.records import Header, Trial
@@ -83,7 +85,7 @@ def start_run(
         settings=settings,
         inputs=prepared.inputs,
         versions=library_versions(),
-        seed=prepared.experiment.search.seed,
+        seed=prepared.experiment.searches[0].search.seed,
     )
     # The folder comes after the workers, so that a run that cannot start leaves nothing behind. In it the
     # journal comes first: whatever stops the process before leaves a folder that still counts as empty.
@@ -186,25 +188,25 @@ def _carry_out(
     for warning in prepared.warnings:
         folder.log(warning)
         observer.event(warning)
-    run = Run(
-        run_dir=folder,
-        journal=journal,
-        space=prepared.space,
-        searcher=prepared.new_searcher(),
-        objectives=prepared.objectives,
-        documents=prepared.search_documents,
-        evaluations=prepared.experiment.search.evaluations,
-        pool=pool,
-        observer=observer,
-        stop=stop,
-    )
+    first, *others = prepared.stages
+    run = _search(prepared, first, folder, journal, pool, observer, stop)
     state = "failed"
     try:
         observer.phase(
             f"searching on {pool.size} worker{'s' if pool.size > 1 else ''}" if pool.size else "replaying"
         )
-        best = run.search()
-        finish(run, prepared, best)
+        run.search()
+        for stage in others:
+            prepared = _with_winner(prepared, run)
+            pool.close()
+            pool = DeferredPool(partial(_start_pool, prepared, folder, observer))
+            run = _search(prepared, stage, folder, journal, pool, observer, stop)
+            observer.phase(f"searching stage {stage.name}")
+            run.search()
+        best = best_trial(journal.trials)
+        assert best is not None, "a search without a valid candidate ends with an error"
+        winner = decoded(best, prepared.stages, journal.trials)
+        finish(run, prepared, winner)
         table = holdout_table(folder, journal.finals, prepared.objectives)
         run.write_status("finished", holdout=None if table is None else table.to_dict())
         state = "finished"
@@ -221,13 +223,48 @@ def _carry_out(
             with suppress(OSError):  # a full disk must not hide the error that is on its way
                 folder.log(f"{state}: {sys.exception()}")
                 run.write_status(state)
+        pool.close()
     return RunResult(
         run_dir=folder.path,
-        best=best,
-        recipe=prepared.space.decode(best.genome),
+        best=winner.trial,
+        recipe=winner.recipe,
         holdout=table,
         commands=tuple(stock_commands(prepared, folder)),
     )
+
+
+def _search(
+    prepared: PreparedRun,
+    stage: Stage,
+    folder: RunDir,
+    journal: Journal,
+    pool: WorkerPool,
+    observer: Observer,
+    stop: StopFlag,
+) -> Run:
+    return Run(
+        run_dir=folder,
+        journal=journal,
+        stage=stage,
+        objectives=prepared.objectives,
+        documents=prepared.search_documents,
+        evaluations=prepared.experiment.evaluations,
+        merges=merges_before(prepared.stages, stage, journal.trials),
+        pool=pool,
+        observer=observer,
+        stop=stop,
+    )
+
+
+def _with_winner(prepared: PreparedRun, run: Run) -> PreparedRun:
+    """Make the winner of a search, as a checkpoint, a model of the searches after it."""
+    best = run.best
+    assert best is not None
+    folder = run.run_dir.stage_model(run.stage.name)
+    if not folder.exists():
+        run.observer.phase(f"writing the winner of stage {run.stage.name}")
+        export_model(run.stage.space.decode(best.genome), prepared.checkpoints, folder, merges=run.merges)
+    return prepared.with_winner(run.stage, folder.resolve())
 
 
 def stock_commands(prepared: PreparedRun, folder: RunDir) -> Iterator[str]:

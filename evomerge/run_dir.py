@@ -4,7 +4,9 @@ experiment.yml   the resolved experiment, with hashes of its inputs as comments
 journal.jsonl    the truth; everything else can be rebuilt from it
 scores/          per-document scores of every evaluation
 best/recipe.yml  the best recipe so far
+best/path.png    the winner's path through the layers, where a search chooses layers
 best/model/      the winner as a checkpoint, when asked for
+stages/          the winners of all stages but the last, as checkpoints, where an experiment has stages
 statistics/      statistics of the sources; computed again when missing
 status.json      state, progress and the holdout table
 events.log       what happened to workers, and other news
@@ -55,6 +57,15 @@ class RunDir:
     def best_model(self) -> Path:
         """The winner as a checkpoint."""
         return self.path / "best" / "model"
+
+    @property
+    def best_path(self) -> Path:
+        """The picture of the winner's path through the layers."""
+        return self.path / "best" / "path.png"
+
+    def stage_model(self, name: str) -> Path:
+        """The winner of a stage as a checkpoint, a source model of the next stage."""
+        return self.path / "stages" / name
 
     @property
     def statistics(self) -> Path:

@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from evomerge.experiment import Experiment
 from evomerge.fitness import objectives
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import Objective
-from evomerge.loop import StopFlag
+from evomerge.loop import Stage, StopFlag
 from evomerge.recipe import Recipe
 from evomerge.records import Dimension, Genome, Outcome, SampleScores, Status, Trial
 from evomerge.run_dir import RunDir
@@ -127,22 +128,40 @@ class Silent:
     def trial(self, trial: Trial, **_: Any) -> None: ...
 
 
-def prepared(folder: Path, evaluations: int, *, export: bool = False) -> Any:
+def prepared(folder: Path, evaluations: int, *, export: bool = False, stages: int = 1) -> Any:
+    searches = [
+        {
+            "name": f"stage-{number}",
+            "search_space": {},
+            "search": {"evaluations": evaluations // stages, "seed": 5 + number},
+        }
+        for number in range(stages)
+    ]
     experiment = Experiment.model_validate(
         {
             "name": "killed",
             "models": list(SOURCES),
             "base_model": "models/base",
-            "search_space": {},
+            "stages": searches,
             "objectives": [{"task": "t", "metric": "m"}],
-            "search": {"evaluations": evaluations, "seed": 5},
             "finish": {"baseline_scales": [0.5, 1.0], "export_model": export},
         }
     )
     space = WeightSpace()
-    return SimpleNamespace(
+    ready = SimpleNamespace(
         experiment=experiment,
-        space=space,
+        stages=tuple(
+            Stage(
+                name=search.name,
+                space=space,
+                new_searcher=partial(
+                    build_searcher, "cma-es", space.dimensions, 5 + number, CmaEsOptions(population=6)
+                ),
+                evaluations=search.search.evaluations,
+                first=number * search.search.evaluations,
+            )
+            for number, search in enumerate(experiment.searches)
+        ),
         objectives=OBJECTIVES,
         search_documents=SEARCH,
         holdout_documents=HOLDOUT,
@@ -155,11 +174,12 @@ def prepared(folder: Path, evaluations: int, *, export: bool = False) -> Any:
         spec=SimpleNamespace(device="cpu", threads=1),
         inputs={},
         warnings=(),
-        new_searcher=lambda: build_searcher("cma-es", space.dimensions, 5, CmaEsOptions(population=6)),
     )
+    ready.with_winner = lambda stage, folder: ready
+    return ready
 
 
-def fake_export(recipe: Recipe, checkpoints: Any, out_dir: Path) -> None:
+def fake_export(recipe: Recipe, checkpoints: Any, out_dir: Path, *, merges: Sequence[Recipe]) -> None:
     """Like the real one, atomic, and it takes away what a killed one left."""
     staging = out_dir.with_name(f".{out_dir.name}.staging")
     staging.mkdir(parents=True, exist_ok=True)
@@ -224,14 +244,15 @@ def instrument() -> None:
     around(os, "fsync", before="before fsync")
     around(shutil, "rmtree", before="before removing the checkpoint", after="after removing the checkpoint")
     objectives.NUM_PERMUTATIONS = 200
-    prepared(Path(), 1).new_searcher()  # imports cma, which takes longer than a run
+    prepared(Path(), 1).stages[0].new_searcher()  # imports cma, which takes longer than a run
     os.write = write_in_parts(os.write)  # type: ignore[assignment]
     finish.export_model = fake_export  # type: ignore[attr-defined]
+    run.export_model = fake_export  # type: ignore[attr-defined]
 
 
 def controller(folder: Path, log: Path, order: int, *, evaluations: int, export: bool) -> None:
     """What `evomerge run` does in a new folder, and `evomerge resume` in another."""
-    ready = prepared(folder, evaluations, export=export)
+    ready = prepared(folder, evaluations, export=export, stages=2)
     run.prepare = lambda *_, **__: ready  # type: ignore[attr-defined]
     run._start_pool = lambda *_: ShufflingPool(log, order)  # type: ignore[assignment]
     journal = folder / "run" / "journal.jsonl"

@@ -18,7 +18,7 @@ from evomerge.journal import Journal
 from evomerge.loop import StopFlag
 from evomerge.merge.export import export_model
 from evomerge.merge.load import load_recipe
-from evomerge.report.trials import trial_recipe
+from evomerge.report.trials import decode_trial
 from evomerge.run import RunResult, resume_run, start_run
 from tests.adapters import make_adapter
 from tests.killed_runs import Silent
@@ -123,7 +123,7 @@ def test_the_best_recipe_of_a_run_can_be_merged_from_anywhere(
     _, result = study
     best = Path(shutil.copy(result.run_dir / "best" / "recipe.yml", tmp_path / "recipe.yml"))
     monkeypatch.chdir(tmp_path)
-    assert load_recipe(best).recipe == trial_recipe(result.run_dir, None)
+    assert load_recipe(best).recipe == decode_trial(result.run_dir, None).recipe
 
 
 def test_a_run_goes_on_after_its_merged_adapters_were_deleted(

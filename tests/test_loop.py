@@ -17,7 +17,8 @@ import pytest
 
 from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStoppedError
 from evomerge.journal import Journal
-from evomerge.loop import Run, StopFlag, best_trial, checked
+from evomerge.loop import Run, Stage, StopFlag, best_trial, checked
+from evomerge.recipe import Recipe
 from evomerge.records import Final, Header, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
 from evomerge.search import build_searcher
@@ -53,15 +54,20 @@ def make_run(
     decide: Callable[[Job], Outcome] = score,
     order: int = 0,
     stop: StopFlag | None = None,
+    space: WeightSpace | None = None,
 ) -> Run:
-    space = WeightSpace()
+    space = space or WeightSpace()
     run_dir = RunDir(folder)
     run_dir.create()
     return Run(
         run_dir=run_dir,
         journal=journal,
-        space=space,
-        searcher=build_searcher("cma-es", space.dimensions, 5, CmaEsOptions(population=6)),
+        stage=Stage(
+            name="search",
+            space=space,
+            new_searcher=lambda: build_searcher("cma-es", space.dimensions, 5, CmaEsOptions(population=6)),
+            evaluations=evaluations,
+        ),
         objectives=OBJECTIVES,
         documents=SEARCH,
         evaluations=evaluations,
@@ -166,6 +172,41 @@ def test_the_earliest_of_equals_is_the_best() -> None:
     for order in itertools.permutations([*trials, invalid]):
         assert best_trial(order) == trials[1]
     assert best_trial([invalid]) is None
+
+
+def test_a_candidate_that_was_scored_before_is_not_scored_again(tmp_path: Path) -> None:
+    class Coarse(WeightSpace):
+        def decode(self, genome: tuple[float, ...]) -> Recipe:
+            return super().decode(tuple(round(number) for number in genome))
+
+    scored: list[str] = []
+
+    def decide(job: Job) -> Outcome:
+        assert job.recipe is not None
+        scored.append(job.recipe.hash)
+        return score(job)
+
+    trials = search(tmp_path, decide=decide, space=Coarse(), evaluations=24)
+    assert len(trials) == 24
+    assert len(scored) == len(set(scored)) == len({trial.candidate for trial in trials}) < 24
+    by_candidate: dict[str, Trial] = {}
+    for trial in trials:
+        first = by_candidate.setdefault(trial.candidate, trial)
+        assert (trial.fitness, trial.metrics, trial.scores) == (first.fitness, first.metrics, first.scores)
+        assert trial.attempts == (1 if trial is first else 0)
+
+
+def test_a_candidate_whose_machinery_failed_gets_another_chance(tmp_path: Path) -> None:
+    class Constant(WeightSpace):
+        def decode(self, genome: tuple[float, ...]) -> Recipe:
+            return super().decode((0.5, 0.5, 0.5))
+
+    outcomes = iter([Outcome(status=Status.FAILED, reason="a dead worker")])
+    trials = search(
+        tmp_path, decide=lambda job: next(outcomes, None) or score(job), space=Constant(), evaluations=6
+    )
+    assert [trial.status for trial in trials] == [Status.FAILED] + [Status.OK] * 5
+    assert [trial.attempts for trial in trials] == [1, 1, 0, 0, 0, 0]
 
 
 def test_the_budget_is_spent_exactly_and_a_cut_generation_is_not_told(tmp_path: Path) -> None:

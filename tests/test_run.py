@@ -22,7 +22,7 @@ from evomerge.journal import Journal
 from evomerge.lock import RunLock
 from evomerge.loop import StopFlag
 from evomerge.report.status import run_status
-from evomerge.report.trials import trial_recipe
+from evomerge.report.trials import decode_trial
 from evomerge.run import RunResult, resume_run, start_run
 from evomerge.run_dir import RunDir
 from tests.killed_runs import Silent
@@ -133,8 +133,8 @@ def test_the_status_of_a_finished_run_has_its_table(study: Study) -> None:
 def test_every_trial_can_be_decoded_again(study: Study) -> None:
     trials = Journal.load(study.run_dir / "journal.jsonl").trials
     for trial in trials:
-        assert trial_recipe(study.run_dir, trial.number).hash == trial.candidate
-    assert trial_recipe(study.run_dir, None).hash == study.result.best.candidate
+        assert decode_trial(study.run_dir, trial.number).recipe.hash == trial.candidate
+    assert decode_trial(study.run_dir, None).recipe.hash == study.result.best.candidate
 
 
 def test_a_finished_run_is_shown_again_without_workers(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,17 +24,20 @@ def export(run_dir: Path, out: Path, trial: int | None, form: str) -> None:
     from evomerge.checkpoints.writer import write_atomic
     from evomerge.cli.display import progress_bar
     from evomerge.errors import RefusedError
+    from evomerge.merge.card import recipes_text
     from evomerge.merge.export import export_model
     from evomerge.merge.load import open_models
-    from evomerge.report.trials import trial_recipe
+    from evomerge.report.trials import decode_trial
+    from evomerge.run_dir import RunDir
 
-    recipe = trial_recipe(run_dir, trial)
+    found = decode_trial(run_dir, trial)
     if form == "recipe":
         if out.exists():
             raise RefusedError(f"{out}: exists already; name a new file")
-        write_atomic(out, recipe.to_yaml())
+        write_atomic(out, recipes_text(found.recipe, found.merges))
     else:
-        checkpoints = open_models(recipe, run_dir.resolve())
+        stages = {merge.name or "": RunDir(run_dir).stage_model(merge.name or "") for merge in found.merges}
+        checkpoints = open_models(found.recipe, run_dir.resolve(), stages)
         with progress_bar("merging") as progress:
-            export_model(recipe, checkpoints, out, progress=progress)
+            export_model(found.recipe, checkpoints, out, merges=found.merges, progress=progress)
     click.echo(out)

@@ -42,9 +42,15 @@ def run_status(path: Path) -> dict[str, Any]:
         "state": state,
         "run_dir": str(path),
         "name": journal.header.settings["name"],
-        **progress(journal.trials, journal.header.settings["search"]["evaluations"]),
+        **progress(journal.trials, _evaluations(journal)),
         "holdout": None if table is None else table.to_dict(),
     }
+
+
+def _evaluations(journal: Journal) -> int:
+    settings = journal.header.settings
+    searches = [stage["search"] for stage in settings.get("stages", [])] or [settings["search"]]
+    return sum(search["evaluations"] for search in searches)
 
 
 def read_objectives(journal: Journal) -> tuple[Objective, ...]:

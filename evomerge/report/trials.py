@@ -4,20 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evomerge.checkpoints.reader import Checkpoint
-from evomerge.checkpoints.reference import ModelReference, resolve
 from evomerge.errors import ConfigurationError
 from evomerge.journal import Journal
-from evomerge.loop import best_trial
-from evomerge.prepare import source_models
-from evomerge.recipe import Recipe
+from evomerge.loop import Decoded, Stage, best_trial, decoded
+from evomerge.prepare import stages_of
+from evomerge.records import Trial
 from evomerge.run_dir import RunDir
-from evomerge.spaces import build_space
-from evomerge.yaml_file import Document
 
 
-def trial_recipe(run_dir: Path, number: int | None) -> Recipe:
-    """The recipe of a trial, decoded from its genome as during the search.
+def choose_trial(journal: Journal, run_dir: Path, number: int | None) -> Trial:
+    """A recorded trial.
+
+    Args:
+        journal: The run's journal.
+        run_dir: The run directory, for messages.
+        number: The trial's number; None for the best.
+
+    Raises:
+        ConfigurationError: There is no such trial.
+    """
+    trial = best_trial(journal.trials) if number is None else journal.trials_by_number.get(number)
+    if trial is None:
+        wanted = "valid trial" if number is None else f"trial {number}"
+        raise ConfigurationError(f"{run_dir}: no {wanted} is recorded; {len(journal.trials)} trials are")
+    return trial
+
+
+def open_stages(journal: Journal) -> tuple[Stage, ...]:
+    """The searches of a run, with their spaces; of the models only headers are read.
+
+    Raises:
+        ConfigurationError: A model cannot be opened.
+    """
+    return stages_of(journal.header.settings)
+
+
+def decode_trial(run_dir: Path, number: int | None) -> Decoded:
+    """A trial with its recipe, decoded from its genome as during the search.
 
     Args:
         run_dir: The run directory.
@@ -27,20 +50,11 @@ def trial_recipe(run_dir: Path, number: int | None) -> Recipe:
         ConfigurationError: There is no such run or trial.
     """
     journal = Journal.load(RunDir(run_dir).journal)
-    trial = best_trial(journal.trials) if number is None else journal.trials_by_number.get(number)
-    if trial is None:
-        wanted = "valid trial" if number is None else f"trial {number}"
-        raise ConfigurationError(f"{run_dir}: no {wanted} is recorded; {len(journal.trials)} trials are")
-    settings = journal.header.settings
-    names = list(
-        dict.fromkeys([*settings["models"], *([settings["base_model"]] if settings["base_model"] else [])])
-    )
-    checkpoints = {name: Checkpoint.open(resolve(ModelReference.parse(name))) for name in names}
-    models = source_models(checkpoints, tuple(settings["models"]), settings["base_model"])
-    recipe = build_space(Document(data=settings["search_space"]), models).decode(trial.genome)
-    if recipe.hash != trial.candidate:
+    trial = choose_trial(journal, run_dir, number)
+    found = decoded(trial, open_stages(journal), journal.trials)
+    if found.recipe.hash != trial.candidate:
         raise ConfigurationError(
-            f"{run_dir}: trial {trial.number} decodes to recipe {recipe.hash}, recorded is {trial.candidate}; "
-            "another version of evomerge wrote this run, use that one"
+            f"{run_dir}: trial {trial.number} decodes to recipe {found.recipe.hash}, recorded is "
+            f"{trial.candidate}; another version of evomerge wrote this run, use that one"
         )
-    return recipe
+    return found

@@ -26,18 +26,34 @@ def validate_file(file: Path, *, allow_task_code: bool = False) -> tuple[str, li
     Raises:
         ConfigurationError: Carries every fault found.
     """
+    kind = kind_of(file)
+    match kind:
+        case "experiment":
+            return kind, list(prepare(file, allow_task_code=allow_task_code).warnings)
+        case "search space":
+            read_space(read_single(file))
+            return kind, []
+        case "recipe":
+            return kind, [str(warning) for warning in load_recipe(file).warnings]
+    return kind, [str(warning) for warning in read_merges(file).warnings]
+
+
+def kind_of(file: Path) -> str:
+    """Tell an `experiment`, a `search space`, a `recipe` and a `file of 2 recipes` from each other.
+
+    Raises:
+        ConfigurationError: The file is none of these.
+    """
     documents = read_yaml(file, lenient=True)
     if len(documents) > 1:
-        merges = read_merges(file)
-        return f"file of {len(documents)} recipes", [str(warning) for warning in merges.warnings]
+        return f"file of {len(documents)} recipes"
     document = read_single(file, lenient=True)
     data = document.data
     if looks_like_experiment(data):
-        return "experiment", list(prepare(file, allow_task_code=allow_task_code).warnings)
+        return "experiment"
     if isinstance(data, dict) and data.get("type") in SPACES:
-        read_space(read_single(file))
-        return "search space", []
+        return "search space"
     if isinstance(data, dict) and "merge_method" in data:
-        return "recipe", [str(warning) for warning in load_recipe(file).warnings]
+        return "recipe"
     reason = "neither an experiment (objectives), nor a search space (type), nor a recipe (merge_method)"
     raise ConfigurationError(document.fault((), reason))

@@ -151,6 +151,7 @@ class RayPool:
         self._slots = []
         if self._owns_ray:
             self._ray.shutdown()
+            self._owns_ray = False
 
     def _start(self, num_failed_starts: int = 0) -> _Slot:
         actor_class = self._ray.remote(

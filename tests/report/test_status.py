@@ -13,7 +13,7 @@ from evomerge.journal import Journal
 from evomerge.lock import RunLock, is_locked
 from evomerge.records import Header, Status, Trial
 from evomerge.report.status import read_objectives, run_status
-from evomerge.report.trials import trial_recipe
+from evomerge.report.trials import decode_trial
 from evomerge.run_dir import RunDir
 
 SETTINGS = {
@@ -93,4 +93,4 @@ def test_objectives_are_read_as_they_were_resolved(run_dir: RunDir) -> None:
 
 def test_a_trial_that_is_not_recorded_is_named(run_dir: RunDir) -> None:
     with pytest.raises(ConfigurationError, match="no trial 7 is recorded; 3 trials are"):
-        trial_recipe(run_dir.path, 7)
+        decode_trial(run_dir.path, 7)
