@@ -24,10 +24,11 @@ class ObjectiveSettings(StrictRecord):
 
     Attributes:
         task: Name of an lm-eval task.
-        metric: One of the task's metrics.
+        metric: One of the task's metrics, or `likelihood` or `output_tokens`; see `fitness.metrics`.
         filter: Which of the task's filters to read the metric from; its first by default.
         weight: Share in the fitness, the weighted mean over objectives.
         direction: Whether larger or smaller is better; what the task says by default.
+        normalize: `sources`: count the share of what the best source model reaches, instead of the score.
         holdout_task: Task whose documents judge the result, instead of a part of this task's documents.
     """
 
@@ -36,7 +37,45 @@ class ObjectiveSettings(StrictRecord):
     filter: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     direction: Literal["maximize", "minimize"] | None = None
+    normalize: Literal["sources"] | None = None
     holdout_task: str | None = None
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ConstraintSettings(StrictRecord):
+    """What a candidate must hold to win; see `fitness.constraints`.
+
+    Attributes:
+        task: Name of an lm-eval task, of an objective or not; null for every objective that has the metric.
+        metric: As in an objective; null, with `retention` alone, for every objective's own.
+        filter: As in an objective.
+        direction: As in an objective.
+        min: Smallest value of the metric.
+        max: Largest value of the metric.
+        retention: Smallest share of what the best source model reaches.
+    """
+
+    task: str | None = None
+    metric: str | None = None
+    filter: str | None = None
+    direction: Literal["maximize", "minimize"] | None = None
+    min: Finite | None = None
+    max: Finite | None = None
+    retention: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ConstraintSettings:
+        if self.min is None and self.max is None and self.retention is None:
+            raise ValueError("expected min, max or retention")
+        if self.metric is None:
+            for key in ("task", "filter", "direction", "min", "max"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"metric: missing; {key} is about a metric")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min: {self.min:g} is above max, {self.max:g}, so that nothing can hold both")
+        return self
 
 
 class SearchSettings(StrictRecord):
@@ -62,6 +101,45 @@ class SearchSettings(StrictRecord):
         return dict(self.model_extra or {})
 
 
+class RacingSettings(StrictRecord):
+    """How candidates of a generation race; see `fitness.racing`.
+
+    Attributes:
+        blocks: Share of the search documents after each block but the last, rising.
+        error_rate: Largest chance to be among those that the searcher selects at which a candidate is stopped.
+    """
+
+    blocks: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [
+        0.1,
+        0.15,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.8,
+    ]
+    error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> RacingSettings:
+        if sorted(set(self.blocks)) != self.blocks:
+            raise ValueError(f"blocks: expected rising shares, got {self.blocks}")
+        return self
+
+
+class ScreenSettings(StrictRecord):
+    """How a generation is screened before it is scored; see `fitness.screen`.
+
+    Attributes:
+        metric: What candidates are screened by: the likelihood of the tasks' reference answers.
+        keep: Share of the generation that is scored, the best by that metric.
+    """
+
+    metric: Literal["likelihood"] = "likelihood"
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
 class EvaluationSettings(StrictRecord):
     """How a candidate is scored.
 
@@ -70,6 +148,9 @@ class EvaluationSettings(StrictRecord):
         batch_size: Requests per batch, fixed within a run; `auto` is the constant 32.
         holdout: Share of each task's documents kept for the final judgement, unless it has a holdout task.
         limit: Most documents per task to search on, drawn by a fixed hash; null for all.
+        racing: Score candidates in blocks of documents and stop those that cannot matter; null to score all of
+            them on all documents.
+        screen: Score only the part of a generation that is best by a cheap metric; null to score all of it.
         max_length: Context length in tokens; the model's own by default.
         num_fewshot: Examples in the prompt; the task's own number by default.
         apply_chat_template: Wrap prompts in the tokenizer's chat template.
@@ -79,12 +160,16 @@ class EvaluationSettings(StrictRecord):
         attention: transformers' attention implementation; its own choice by default.
         device: Torch device of each worker; `auto` is the GPU when there is one.
         include_path: Folders with lm-eval tasks, beside those that lm-eval ships.
+        data_dir: Folder with data sets as their authors publish them (`mgsm_ja.tsv`, `train.jsonl`), for the
+            tasks in `tasks/` that can read them; null for the Hugging Face hub.
     """
 
     backend: Literal["hf"] = "hf"
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     limit: Annotated[int, Field(ge=1)] | None = None
+    racing: RacingSettings | None = None
+    screen: ScreenSettings | None = None
     max_length: Annotated[int, Field(ge=1)] | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     apply_chat_template: bool = False
@@ -94,6 +179,7 @@ class EvaluationSettings(StrictRecord):
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     device: str = "auto"
     include_path: list[str] = []
+    data_dir: str | None = None
 
 
 def _as_seconds(value: Any) -> Any:
@@ -139,13 +225,30 @@ class FinishSettings(StrictRecord):
     """What happens when the search is over.
 
     Attributes:
+        confirm: How many of the best candidates are scored a second time on the search documents before the
+            winner is named; 0 to name the best of the search.
         baseline_scales: Task arithmetic is tried with each of these scales on the search documents, and the
             best of them is compared with the winner; empty to leave this baseline out.
         export_model: Keep the winner as a checkpoint in `best/model`.
     """
 
+    confirm: Annotated[int, Field(ge=0)] = 3
     baseline_scales: list[Annotated[float, Field(gt=0)]] = [0.2, 0.4, 0.6, 0.8, 1.0, 1.2]
     export_model: bool = False
+
+
+class StageSettings(StrictRecord):
+    """One search of an experiment that has several, one after the other.
+
+    Attributes:
+        name: Names its winner, which the next stage has as its first source model.
+        search_space: A search space file, or its contents.
+        search: How to search.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    search_space: str | dict[str, Any]
+    search: SearchSettings
 
 
 class Experiment(StrictRecord):
@@ -156,8 +259,10 @@ class Experiment(StrictRecord):
         models: Source models: `id-or-path[@revision][+adapter]`, paths relative to the experiment's file.
         base_model: The model the sources were fine-tuned from; gives config and tokenizer.
         search_space: A search space file, or its contents.
-        objectives: What to optimise.
         search: How to search.
+        stages: Several searches one after the other, in place of `search_space` and `search`.
+        objectives: What to optimise.
+        constraints: What a candidate must hold to win.
         evaluation: How a candidate is scored.
         workers: The processes that evaluate candidates.
         finish: What happens when the search is over.
@@ -166,12 +271,32 @@ class Experiment(StrictRecord):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     models: Annotated[list[str], Field(min_length=1)]
     base_model: str | None = None
-    search_space: str | dict[str, Any]
+    search_space: str | dict[str, Any] | None = None
+    search: SearchSettings | None = None
+    stages: list[StageSettings] = []
     objectives: Annotated[list[ObjectiveSettings], Field(min_length=1)]
-    search: SearchSettings
+    constraints: list[ConstraintSettings] = []
     evaluation: EvaluationSettings = EvaluationSettings()
     workers: WorkerSettings = WorkerSettings()
     finish: FinishSettings = FinishSettings()
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Experiment:
+        if self.stages:
+            for key in ("search_space", "search"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: every stage has its own; remove it, or remove 'stages'")
+            names = [stage.name for stage in self.stages]
+            if len(set(names)) < len(names):
+                raise ValueError(f"stages: names must differ, got {', '.join(names)}")
+            taken = sorted(set(names) & set(self.all_models))
+            if taken:
+                raise ValueError(f"stages: {', '.join(taken)} is the name of a model already")
+        else:
+            for key in ("search_space", "search"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"{key}: missing; an experiment needs it, or 'stages'")
+        return self
 
     @model_validator(mode="after")
     def _check_lists(self) -> Experiment:
@@ -190,10 +315,37 @@ class Experiment(StrictRecord):
                 raise ValueError(f"objectives: the metrics of {task} must share one holdout_task")
         return self
 
+    @model_validator(mode="after")
+    def _check_constraints(self) -> Experiment:
+        if self.constraints and self.evaluation.racing is not None:
+            raise ValueError(
+                "constraints: races stop candidates by their fitness alone, which would stop one that holds the "
+                "constraints for the sake of one that does not; remove evaluation.racing, or the constraints"
+            )
+        return self
+
     @property
     def all_models(self) -> tuple[str, ...]:
         """The source models and the base, each once."""
         return tuple(dict.fromkeys([*self.models, *([self.base_model] if self.base_model else [])]))
+
+    @property
+    def searches(self) -> tuple[StageSettings, ...]:
+        """The searches in their order; one, named `search`, unless there are stages."""
+        if self.stages:
+            return tuple(self.stages)
+        assert self.search_space is not None
+        assert self.search is not None
+        return (StageSettings(name="search", search_space=self.search_space, search=self.search),)
+
+    def place(self, number: int) -> tuple[str | int, ...]:
+        """Where the settings of a search lie in the file."""
+        return ("stages", number) if self.stages else ()
+
+    @property
+    def evaluations(self) -> int:
+        """Number of candidates of all searches."""
+        return sum(stage.search.evaluations for stage in self.searches)
 
 
 def read_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[Experiment, Document]:

@@ -1,9 +1,11 @@
 """The journal of a run: an append-only JSONL file, the only truth about what was evaluated.
 
-Line 1 is the header; every further line is a trial of the search or a final evaluation after it:
+Line 1 is the header; every further line is a trial of the search, a block of documents of a trial where
+candidates race, or a final evaluation:
 
     {"kind":"header","format":1,"experiment":...,"inputs":{...},"versions":{...},"seed":0,"crc":"89abcdef"}
     {"kind":"trial","trial":7,"candidate":...,"genome":[...],"asked_after":6,"status":"ok",...,"crc":...}
+    {"kind":"block","trial":8,"block":0,"candidate":...,"status":"ok",...,"crc":...}
     {"kind":"final","name":"winner","stage":"holdout","candidate":...,"recipe":{...},...,"crc":...}
 
 A record is on the disk (fsync) before `append` returns, so what a searcher was told survives a kill at any
@@ -29,7 +31,7 @@ from evomerge.errors import (
     RunExistsError,
 )
 from evomerge.journal_lines import Record, decode_line, encode_line, record_name
-from evomerge.records import Final, Header, Trial
+from evomerge.records import Block, Final, Header, Trial
 
 
 class Journal:
@@ -40,6 +42,7 @@ class Journal:
         header: What the run started from.
         trials: The trials in line order, which is the order of their arrival.
         trials_by_number: The same trials by their number.
+        blocks: Evaluations on single blocks of documents by (trial, block), where candidates race.
         finals: The final evaluations in line order.
         notes: What was found and healed at the end of the file, one sentence each.
     """
@@ -49,6 +52,7 @@ class Journal:
         self.header = header
         self.trials: list[Trial] = []
         self.trials_by_number: dict[int, Trial] = {}
+        self.blocks: dict[tuple[int, int], Block] = {}
         self.finals: list[Final] = []
         self.notes: list[str] = []
         self._names: set[str] = set()
@@ -110,8 +114,8 @@ class Journal:
             )
         return journal
 
-    def append(self, record: Trial | Final) -> None:
-        """Record a trial or a final evaluation; it is on the disk when this returns.
+    def append(self, record: Trial | Block | Final) -> None:
+        """Record a trial, a block of one or a final evaluation; it is on the disk when this returns.
 
         An error of writing closes the journal: what the file then holds is known by opening it again.
 
@@ -149,6 +153,8 @@ class Journal:
         if isinstance(record, Trial):
             self.trials.append(record)
             self.trials_by_number[record.number] = record
+        elif isinstance(record, Block):
+            self.blocks[record.trial, record.block] = record
         elif isinstance(record, Final):
             self.finals.append(record)
 

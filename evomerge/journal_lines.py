@@ -16,12 +16,12 @@ from numbers import Integral, Real
 from typing import Any
 
 from evomerge.errors import RefusedError
-from evomerge.records import Final, Header, Status, Trial
+from evomerge.records import Block, Final, Header, Status, Trial
 
 FORMAT = 1
 """Version of the file format; another one is refused, never guessed at."""
 
-Record = Header | Trial | Final
+Record = Header | Trial | Block | Final
 """What a line holds."""
 
 
@@ -29,6 +29,8 @@ def record_name(record: Record) -> str:
     """What messages call a record; two records of one name cannot be in one journal."""
     if isinstance(record, Final):
         return f"the final evaluation {record.name!r} on {record.stage}"
+    if isinstance(record, Block):
+        return f"block {record.block} of trial {record.trial}"
     return "the header" if isinstance(record, Header) else f"trial {record.number}"
 
 
@@ -59,6 +61,8 @@ def encode_line(record: Record) -> bytes:
             fields = {"kind": "header", "format": FORMAT, **fields}
         case Trial():
             fields = {"kind": "trial", "trial": fields.pop("number"), **fields}
+        case Block():
+            fields = {"kind": "block", **fields}
         case Final():
             fields = {"kind": "final", **fields}
     try:
@@ -98,9 +102,11 @@ def decode_line(line: bytes) -> Record:
             case "trial":
                 genome, status = tuple(map(float, fields.pop("genome"))), Status(fields.pop("status"))
                 return Trial(number=fields.pop("trial"), genome=genome, status=status, **fields)
+            case "block":
+                return Block(status=Status(fields.pop("status")), **fields)
             case "final":
                 return Final(status=Status(fields.pop("status")), **fields)
             case kind:
-                raise ValueError(f"its kind is {kind!r}, expected header, trial or final")
+                raise ValueError(f"its kind is {kind!r}, expected header, trial, block or final")
     except (KeyError, TypeError) as error:
         raise ValueError(f"a field is missing, unknown or of another type ({error})") from error

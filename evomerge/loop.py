@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from evomerge.checkpoints.durable import write_atomic
@@ -27,11 +27,11 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import Objective, fitness
 from evomerge.journal import Journal
 from evomerge.merge.card import recipes_text
+from evomerge.race import Course, Finish, Race
 from evomerge.recipe import Recipe
 from evomerge.records import Dimension, Genome, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
-from evomerge.search import Searcher
-from evomerge.spaces import SearchSpace
+from evomerge.stages import Stage, best_trial
 from evomerge.versions import library_versions
 from evomerge.workers.base import Job, WorkerPool
 
@@ -81,32 +81,6 @@ class StopFlag:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One search of a run; most runs have no other.
-
-    Attributes:
-        name: Names its winner, which the stage after it has as its first source model.
-        space: Decodes its genomes.
-        new_searcher: Makes a fresh searcher, which proposes the recorded genomes again when it is told the
-            recorded fitness again.
-        evaluations: Number of candidates to evaluate.
-        first: Number of its first trial.
-        depths: Its source models in their order, and the base -> number of their layers.
-    """
-
-    name: str
-    space: SearchSpace
-    new_searcher: Callable[[], Searcher]
-    evaluations: int
-    first: int = 0
-    depths: Mapping[str, int] = field(default_factory=dict)
-
-    def has(self, trial: Trial) -> bool:
-        """Whether a trial belongs to this stage."""
-        return self.first <= trial.number < self.first + self.evaluations
-
-
 class Run:
     """One search of a run: its parts, wired together.
 
@@ -121,6 +95,9 @@ class Run:
         pool: Scores candidates.
         observer: Hears of progress.
         stop: Set when the run is to stop.
+
+    Attributes:
+        course: What candidates race over; None to score all of them on all documents.
     """
 
     def __init__(
@@ -141,6 +118,7 @@ class Run:
         self.journal = journal
         self.stage = stage
         self.objectives = tuple(objectives)
+        self.course: Course | None = None
         self.merges = tuple(merges)
         self.pool = pool
         self.observer = observer
@@ -189,30 +167,29 @@ class Run:
     def _evaluate(self, genomes: Sequence[Genome], *, first: int, generation: int) -> list[Trial]:
         """Score one generation; trials are recorded as they arrive and returned in the order asked.
 
-        A candidate that was scored before, under any genome, is not scored again, unless the machinery failed.
+        A candidate that was scored on all documents before, or comes twice in the generation, is scored once.
         """
         recorded = self.journal.trials_by_number
-        recipes: dict[int, Recipe] = {}
-        for number, genome in enumerate(genomes, start=first):
+        numbers = range(first, first + len(genomes))
+        recipes = {number: self.stage.space.decode(genomes[number - first]) for number in numbers}
+        for number in numbers:
             if number in recorded:
-                self._check_replay(recorded[number], genome)
-            else:
-                recipes[number] = self.stage.space.decode(genome)
-        while recipes:
-            known = {t.candidate: t for t in self.journal.trials if t.status is not Status.FAILED}
-            new: dict[str, int] = {}
-            for number, recipe in recipes.items():
-                if recipe.hash in known:
-                    trial = replace(known[recipe.hash], number=number, genome=genomes[number - first])
-                    self._record(replace(trial, asked_after=first, seconds={}, attempts=0), generation)
-                else:
-                    new.setdefault(recipe.hash, number)
-            jobs = [Job(number=n, documents=self._documents, recipe=recipes[n]) for n in new.values()]
-            for number, outcome in self.outcomes(jobs):
-                trial = self._trial(number, genomes[number - first], recipes[number], outcome, first)
-                self._record(trial, generation)
-            recipes = {number: recipe for number, recipe in recipes.items() if number not in recorded}
-        return [recorded[number] for number in range(first, first + len(genomes))]
+                self._check_replay(recorded[number], genomes[number - first])
+        known = {
+            trial.candidate: trial.number
+            for trial in self.journal.trials
+            if trial.number < first and trial.status in (Status.OK, Status.INVALID)
+        }
+        new = {n: recipe for n, recipe in recipes.items() if known.setdefault(recipe.hash, n) == n}
+        for number, done in self._finished(new, len(genomes)):
+            self._record(
+                self._trial(number, genomes[number - first], recipes[number], done, first), generation
+            )
+        for number in numbers:
+            if number not in recorded:
+                same = replace(recorded[known[recipes[number].hash]], number=number, attempts=0, seconds={})
+                self._record(replace(same, genome=genomes[number - first], asked_after=first), generation)
+        return [recorded[number] for number in numbers]
 
     def _record(self, trial: Trial, generation: int) -> None:
         self.journal.append(trial)
@@ -223,10 +200,22 @@ class Run:
         done = len(self.journal.trials)
         self.observer.trial(trial, done=done, total=self._evaluations, generation=generation, best=best)
 
-    def _trial(
-        self, number: int, genome: Genome, recipe: Recipe, outcome: Outcome, asked_after: int
-    ) -> Trial:
-        is_ok = outcome.status is Status.OK
+    def _finished(self, recipes: Mapping[int, Recipe], population: int) -> Iterator[tuple[int, Finish]]:
+        """Score the candidates that are not recorded, on all documents or in a race for the better half."""
+        missing = {n: recipe for n, recipe in recipes.items() if n not in self.journal.trials_by_number}
+        if self.course is not None and missing:
+            # Those that are recorded race again, over recorded scores, so that the others meet the same rivals.
+            race = Race(self.course, self.objectives, self.run_dir, self.journal, self.outcomes)
+            finished = race.score(recipes, max(1, population // 2))
+            yield from ((number, finished[number]) for number in missing)
+            return
+        jobs = [Job(number=n, documents=self._documents, recipe=recipe) for n, recipe in missing.items()]
+        for number, outcome in self.outcomes(jobs):
+            is_ok = outcome.status is Status.OK
+            yield number, Finish(outcome, fitness(outcome.metrics, self.objectives) if is_ok else None)
+
+    def _trial(self, number: int, genome: Genome, recipe: Recipe, done: Finish, asked_after: int) -> Trial:
+        outcome = done.outcome
         return Trial(
             number=number,
             candidate=recipe.hash,
@@ -234,9 +223,9 @@ class Run:
             asked_after=asked_after,
             status=outcome.status,
             reason=outcome.reason,
-            fitness=fitness(outcome.metrics, self.objectives) if is_ok else None,
+            fitness=done.fitness,
             metrics=outcome.metrics,
-            scores=self.run_dir.write_scores(f"{number}-search", outcome.samples) if is_ok else "",
+            scores=self.run_dir.write_scores(f"{number}-search", outcome.samples) if outcome.samples else "",
             seconds=outcome.seconds,
             attempts=outcome.attempts,
             counts=outcome.counts,
@@ -314,50 +303,6 @@ def progress(trials: Sequence[Trial], total: int) -> dict[str, Any]:
             "metrics": best.metrics,
         },
     }
-
-
-def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The valid trial of the highest fitness, the earliest of equals."""
-    valid = [trial for trial in trials if trial.fitness is not None]
-    return max(valid, key=lambda trial: (trial.fitness, -trial.number), default=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoded:
-    """A trial with what it stands for.
-
-    Attributes:
-        trial: The trial.
-        stage: The search that asked for it.
-        recipe: Its recipe.
-        merges: Recipes of the merges that it names as its models.
-    """
-
-    trial: Trial
-    stage: Stage
-    recipe: Recipe
-    merges: tuple[Recipe, ...]
-
-
-def decoded(trial: Trial, stages: Sequence[Stage], trials: Sequence[Trial]) -> Decoded:
-    """Decode a trial of a run with these stages and trials."""
-    stage = next(stage for stage in stages if stage.has(trial))
-    return Decoded(
-        trial=trial,
-        stage=stage,
-        recipe=stage.space.decode(trial.genome),
-        merges=merges_before(stages, stage, trials),
-    )
-
-
-def merges_before(stages: Sequence[Stage], stage: Stage, trials: Sequence[Trial]) -> tuple[Recipe, ...]:
-    """The winners of the searches before one, by the names under which its recipes use them."""
-    named: list[Recipe] = []
-    for earlier in stages[: stages.index(stage)]:
-        best = best_trial([trial for trial in trials if earlier.has(trial)])
-        assert best is not None, "a search begins when those before it are over"
-        named.append(earlier.space.decode(best.genome).model_copy(update={"name": earlier.name}))
-    return tuple(named)
 
 
 def checked(outcome: Outcome) -> Outcome:

@@ -25,7 +25,6 @@ from evomerge.experiment import Experiment, SearchSettings, read_experiment
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.harness import TaskLibrary, split_documents
 from evomerge.fitness.objectives import Objective
-from evomerge.loop import Stage
 from evomerge.merge.anatomy import anatomy_of
 from evomerge.merge.check import check_recipe
 from evomerge.merge.compatible import check_compatible, differing_keys
@@ -33,6 +32,7 @@ from evomerge.merge.plan import TORCH_DTYPES, plan_merge
 from evomerge.search import SEARCHERS, SearcherOptions, build_searcher
 from evomerge.spaces import SPACES, SourceModels, build_space, chooses_layers, needs_anatomies
 from evomerge.spaces.limits import size_of
+from evomerge.stages import Stage
 from evomerge.workers.base import WorkerSpec
 from evomerge.yaml_file import Document, FieldPath, read_single, validate
 
@@ -373,7 +373,8 @@ def _stages(
             raise ConfigurationError(document.fault(("type",), reason))
         recipe = space.decode(tuple(dimension.start for dimension in space.dimensions))
         check_recipe(recipe)
-        known[settings.name] = known[plan_merge(recipe, known).donor]
+        donor = plan_merge(recipe, known).donor
+        known[settings.name] = known[donor]
         models = (settings.name, *sources)
         search = settings.search
         stages.append(
@@ -384,6 +385,7 @@ def _stages(
                     build_searcher, search.algorithm, space.dimensions, search.seed, its_options
                 ),
                 evaluations=search.evaluations,
+                donor=donor,
                 first=sum(stage.evaluations for stage in stages),
                 depths=fitted.depths,
             )

@@ -58,6 +58,8 @@ class Status(StrEnum):
     """The candidate itself is unusable: non-finite weights or logits, a recipe that cannot be merged."""
     FAILED = "failed"
     """The machinery failed: out of memory, a dead worker, a timeout."""
+    PRUNED = "pruned"
+    """A race stopped the evaluation, as further documents would not have mattered; see `fitness.racing`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +109,16 @@ class Trial:
         asked_after: How many trials the searcher had been told of when it proposed this one.
         status: How the evaluation ended.
         reason: Why the status is not `ok`.
-        fitness: The number the searcher maximises, or None unless `ok`.
+        fitness: The number the searcher maximises: the fitness on all search documents if `ok`, an estimate of it
+            if `pruned`, else None.
         metrics: task -> metric -> value.
         scores: File with the per-document scores, relative to the run directory, or empty.
         seconds: Wall time per phase.
         attempts: How many times the candidate was dispatched; 0 when its outcome is that of an earlier trial of
             the same candidate.
         counts: Tallies for the audit.
+        violations: Label of every constraint it violates -> by how much, relative to the bound.
+        screen: What it reached in the screening that comes before its evaluation, if there was one.
     """
 
     number: int
@@ -128,18 +133,39 @@ class Trial:
     seconds: Mapping[str, float] = field(default_factory=dict)
     attempts: int = 1
     counts: Mapping[str, int] = field(default_factory=dict)
+    violations: Mapping[str, float] = field(default_factory=dict)
+    screen: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """The evaluation of a trial on one block of documents, where candidates race.
+
+    Unique by `trial` and `block`, its position from 0; the other fields mean what they mean in `Trial`.
+    """
+
+    trial: int
+    block: int
+    candidate: str
+    status: Status
+    reason: str = ""
+    scores: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    attempts: int = 1
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Final:
-    """An evaluation at the end of a run: the winner, a source model or a baseline.
+    """An evaluation beside the search: the winner, a source model or a baseline.
 
-    Unique by `name` and `stage`, the documents it was evaluated on. `recipe` is None for a model that was
+    Unique by `name` and `stage`: `search` and `holdout` name the documents it was evaluated on, `confirm` is a
+    second pass over the search documents. `recipe` is None for a model that was
     not merged; the other fields mean what they mean in `Trial`.
     """
 
     name: str
-    stage: Literal["holdout", "search"]
+    stage: Literal["holdout", "search", "confirm"]
     candidate: str
     recipe: Mapping[str, Any] | None
     status: Status

@@ -11,18 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evomerge.confirm import confirm
 from evomerge.errors import InputsChangedError, RunExistsError, RunStoppedError
 from evomerge.finish import finish
+from evomerge.fitness.blocks import difficulty, split_blocks
 from evomerge.fitness.stock import stock_command
 from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
-from evomerge.loop import Observer, Run, Stage, StopFlag, best_trial, decoded, merges_before
+from evomerge.loop import Observer, Run, StopFlag, write_recipe
 from evomerge.merge.export import export_model
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
+from evomerge.race import Course
 from evomerge.recipe import Recipe
 from evomerge.records import Header, Trial
 from evomerge.report.holdout import HoldoutTable, holdout_table
+from evomerge.rivals import score_entries, source_entries
 from evomerge.run_dir import RunDir
+from evomerge.stages import Decoded, Stage, best_trial, decoded, merges_before
 from evomerge.versions import library_versions
 from evomerge.workers import DeferredPool, WorkerPool, build_pool, worker_memory
 
@@ -89,7 +94,7 @@ def start_run(
     )
     # The folder comes after the workers, so that a run that cannot start leaves nothing behind. In it the
     # journal comes first: whatever stops the process before leaves a folder that still counts as empty.
-    with closing(_start_pool(prepared, folder, observer)) as pool:
+    with closing(_start_pool(prepared, prepared.stages[0], folder, observer)) as pool:
         folder.path.mkdir(parents=True, exist_ok=True)
         with RunLock(folder.path), Journal.create(folder.journal, header) as journal:
             folder.create()
@@ -121,7 +126,9 @@ def resume_run(
         prepared = prepare(folder.experiment, allow_task_code=allow_task_code)
         _refuse_changes(folder, journal.header, prepared)
         # A finished run needs no workers, and a replay that fails should not have to wait for them.
-        with closing(DeferredPool(lambda: _start_pool(prepared, folder, observer))) as pool:
+        with closing(
+            DeferredPool(lambda: _start_pool(prepared, prepared.stages[0], folder, observer))
+        ) as pool:
             return _carry_out(prepared, folder, journal, pool, observer, stop)
 
 
@@ -163,15 +170,15 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {before} -> {now}"
 
 
-def _start_pool(prepared: PreparedRun, folder: RunDir, observer: Observer) -> WorkerPool:
+def _start_pool(prepared: PreparedRun, stage: Stage, folder: RunDir, observer: Observer) -> WorkerPool:
     observer.phase("starting workers")
-    donor = prepared.checkpoints[prepared.spec.donor]
+    donor = prepared.checkpoints[stage.donor]
     sizes = [math.prod(info.shape) for info in donor.tensors.values()]
     itemsize = {"auto": donor.nbytes / max(1, sum(sizes)), "float32": 4}.get(
         prepared.experiment.evaluation.dtype, 2
     )
     return build_pool(
-        replace(prepared.spec, statistics=folder.statistics.resolve()),
+        replace(prepared.spec, donor=stage.donor, statistics=folder.statistics.resolve()),
         prepared.experiment.workers,
         worker_bytes=worker_memory(sizes, itemsize=itemsize, num_models=len(prepared.checkpoints)),
     )
@@ -195,17 +202,17 @@ def _carry_out(
         observer.phase(
             f"searching on {pool.size} worker{'s' if pool.size > 1 else ''}" if pool.size else "replaying"
         )
+        run.course = _course(run, prepared)
         run.search()
         for stage in others:
             prepared = _with_winner(prepared, run)
             pool.close()
-            pool = DeferredPool(partial(_start_pool, prepared, folder, observer))
+            pool = DeferredPool(partial(_start_pool, prepared, stage, folder, observer))
             run = _search(prepared, stage, folder, journal, pool, observer, stop)
+            run.course = _course(run, prepared)
             observer.phase(f"searching stage {stage.name}")
             run.search()
-        best = best_trial(journal.trials)
-        assert best is not None, "a search without a valid candidate ends with an error"
-        winner = decoded(best, prepared.stages, journal.trials)
+        winner = _name_winner(run, prepared)
         finish(run, prepared, winner)
         table = holdout_table(folder, journal.finals, prepared.objectives)
         run.write_status("finished", holdout=None if table is None else table.to_dict())
@@ -254,6 +261,48 @@ def _search(
         observer=observer,
         stop=stop,
     )
+
+
+def _course(run: Run, prepared: PreparedRun) -> Course | None:
+    """Order the search documents for a race, by the scores of the source models on them."""
+    racing = prepared.experiment.evaluation.racing
+    if racing is None:
+        return None
+    run.observer.phase("scoring the source models on the search documents")
+    scored = score_entries(run, source_entries(prepared), prepared.search_documents, "search")
+    samples = [run.run_dir.read_scores(final.scores) for final in scored if final.scores]
+    blocks = split_blocks(
+        prepared.search_documents,
+        racing.blocks,
+        difficulty(samples, run.objectives),
+        seed=run.journal.header.seed,
+    )
+    return Course(blocks=blocks, error_rate=racing.error_rate)
+
+
+def _name_winner(run: Run, prepared: PreparedRun) -> Decoded:
+    """Score the best candidates again, and take the best of them."""
+    best = best_trial(run.journal.trials)
+    assert best is not None, "a search without a valid candidate ends with an error"
+    if prepared.experiment.finish.confirm:
+        run.observer.phase("scoring the best candidates again")
+        confirmed = confirm(
+            run, prepared.stages, prepared.search_documents, count=prepared.experiment.finish.confirm
+        )
+        if confirmed and confirmed[0].trial.number != best.number:
+            run.news(
+                f"scored again, trial {confirmed[0].trial.number} comes out best ({confirmed[0].fitness:.4f}), not "
+                f"trial {best.number}"
+            )
+            best = confirmed[0].trial
+        noise = [each.noise for each in confirmed if each.noise is not None]
+        if noise:
+            run.news(
+                f"noise floor: the fitness of a candidate scored twice differs by up to {max(noise):.4f}"
+            )
+    winner = decoded(best, prepared.stages, run.journal.trials)
+    write_recipe(run.run_dir, winner.recipe, best, winner.merges)
+    return winner
 
 
 def _with_winner(prepared: PreparedRun, run: Run) -> PreparedRun:

@@ -1,6 +1,6 @@
 """Runs the real controller over a fake pool, kills it at chosen points, and resumes it; a script for test_loop.
 
-    python -m tests.killed_runs FOLDER SEED
+    python -m tests.killed_runs FOLDER SEED [racing]
 
 Each run is a fork of this process, which has everything imported but no threads, so that hundreds of runs
 take seconds. Nothing here needs torch. Prints one JSON object per line: what an undisturbed run recorded, then
@@ -31,12 +31,13 @@ from evomerge.experiment import Experiment
 from evomerge.fitness import objectives
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.objectives import Objective
-from evomerge.loop import Stage, StopFlag
+from evomerge.loop import StopFlag
 from evomerge.recipe import Recipe
 from evomerge.records import Dimension, Genome, Outcome, SampleScores, Status, Trial
 from evomerge.run_dir import RunDir
 from evomerge.search import build_searcher
 from evomerge.search.cma_es import CmaEsOptions
+from evomerge.stages import Stage
 from evomerge.workers.base import Job
 
 FULL_DISK = "on a full disk"
@@ -107,9 +108,10 @@ class ShufflingPool:
 
     def next(self, timeout: float) -> tuple[int, Outcome] | None:
         job = self._jobs.pop(self._rng.randrange(len(self._jobs)))
-        stage = "search" if job.documents is SEARCH else "holdout"
+        ids = job.documents[0].doc_ids
+        documents = "search" if job.documents is SEARCH else f"{ids[0]}+{len(ids)}"
         with self._log.open("a") as file:
-            file.write(f"{stage} {job.checkpoint.name if job.checkpoint else job.recipe.hash}\n")
+            file.write(f"{documents} {job.checkpoint.name if job.checkpoint else job.recipe.hash}\n")
         return job.number, score(job)
 
     def close(self) -> None:
@@ -128,7 +130,9 @@ class Silent:
     def trial(self, trial: Trial, **_: Any) -> None: ...
 
 
-def prepared(folder: Path, evaluations: int, *, export: bool = False, stages: int = 1) -> Any:
+def prepared(
+    folder: Path, evaluations: int, *, export: bool = False, stages: int = 1, racing: bool = False
+) -> Any:
     searches = [
         {
             "name": f"stage-{number}",
@@ -144,6 +148,7 @@ def prepared(folder: Path, evaluations: int, *, export: bool = False, stages: in
             "base_model": "models/base",
             "stages": searches,
             "objectives": [{"task": "t", "metric": "m"}],
+            "evaluation": {"racing": {"blocks": [0.2, 0.5]} if racing else None},
             "finish": {"baseline_scales": [0.5, 1.0], "export_model": export},
         }
     )
@@ -250,9 +255,9 @@ def instrument() -> None:
     run.export_model = fake_export  # type: ignore[attr-defined]
 
 
-def controller(folder: Path, log: Path, order: int, *, evaluations: int, export: bool) -> None:
+def controller(folder: Path, log: Path, order: int, *, evaluations: int, export: bool, racing: bool) -> None:
     """What `evomerge run` does in a new folder, and `evomerge resume` in another."""
-    ready = prepared(folder, evaluations, export=export, stages=2)
+    ready = prepared(folder, evaluations, export=export, stages=2, racing=racing)
     run.prepare = lambda *_, **__: ready  # type: ignore[attr-defined]
     run._start_pool = lambda *_: ShufflingPool(log, order)  # type: ignore[assignment]
     journal = folder / "run" / "journal.jsonl"
@@ -292,6 +297,7 @@ def recorded(folder: Path) -> dict[str, Any]:
         "trials": [
             [t.number, t.candidate, t.genome, t.asked_after, t.status, t.fitness, t.metrics] for t in trials
         ],
+        "blocks": len(journal.blocks),
         "finals": sorted([f.name, f.stage, f.candidate, f.metrics] for f in journal.finals),
         "status": json.loads(status.read_text()) if status.exists() else None,
         "best": best.read_text() if best.exists() else None,
@@ -303,9 +309,9 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def main(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+def main(folder: Path, seed: int, *, racing: bool) -> Iterator[dict[str, Any]]:
     instrument()
-    options: dict[str, Any] = {"evaluations": 32, "export": False}
+    options: dict[str, Any] = {"evaluations": 32, "export": False, "racing": racing}
     reached = folder / "reached"
 
     def undisturbed() -> None:
@@ -339,7 +345,7 @@ def main(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
             controller(here, here / "resumed.log", 1000 + index, **options)
 
         killed_code = forked(killed)
-        before: dict[str, Any] = {"trials": [], "finals": []}
+        before: dict[str, Any] = {"trials": [], "finals": [], "blocks": 0}
         with contextlib.suppress(EvomergeError):  # it may have died before there was a journal
             before = recorded(here)
         resumed_code = forked(resumed)
@@ -347,6 +353,7 @@ def main(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
             "point": point,
             "codes": [killed_code, resumed_code],
             "recorded": [f"search {trial[1]}" for trial in before["trials"]],
+            "recorded_blocks": before["blocks"],
             "recorded_finals": len(before["finals"]),
             "evaluated": lines(here / "resumed.log"),
             **recorded(here),
@@ -354,6 +361,6 @@ def main(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for report in main(Path(sys.argv[1]), int(sys.argv[2])):
+    for report in main(Path(sys.argv[1]), int(sys.argv[2]), racing=sys.argv[3:] == ["racing"]):
         sys.stdout.write(json.dumps(report) + "\n")
         sys.stdout.flush()

@@ -14,10 +14,10 @@ import pytest
 from evomerge import finish, run
 from evomerge.errors import EvomergeError, RunExistsError, WorkerError
 from evomerge.experiment import FinishSettings
-from evomerge.finish import model_labels, single_scale, uniform_average
 from evomerge.journal import Journal
 from evomerge.loop import StopFlag
 from evomerge.records import Outcome, Status
+from evomerge.rivals import model_labels, single_scale, uniform_average
 from evomerge.run import RunResult
 from evomerge.run_dir import RunDir
 from evomerge.workers.base import Job
@@ -182,7 +182,7 @@ def test_without_a_holdout_nothing_is_compared(controller: Controller) -> None:
     controller.settings(export_model=True)
     result = controller.start()
     assert result.holdout is None
-    assert controller.finals() == {}
+    assert {stage for _, stage in controller.finals()} == {"confirm"}
     assert (controller.folder / "best" / "model").is_dir()
     assert controller.resume().best == result.best
 
@@ -191,7 +191,8 @@ def test_without_a_base_there_is_no_task_arithmetic(controller: Controller) -> N
     controller.ready.base = None
     assert single_scale(controller.ready) == {}
     controller.start()
-    assert {name for name, _ in controller.finals()} == {"winner", "one", "two", "three", "uniform average"}
+    names = {name for name, stage in controller.finals() if stage != "confirm"}
+    assert names == {"winner", "one", "two", "three", "uniform average"}
 
 
 def test_names_of_models_and_baselines_never_clash(controller: Controller) -> None:

@@ -8,7 +8,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,25 @@ import pytest
 
 from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStoppedError
 from evomerge.journal import Journal
-from evomerge.loop import Run, Stage, StopFlag, best_trial, checked
+from evomerge.loop import Run, StopFlag, checked
 from evomerge.recipe import Recipe
 from evomerge.records import Final, Header, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
 from evomerge.search import build_searcher
 from evomerge.search.cma_es import CmaEsOptions
+from evomerge.stages import Stage, best_trial
 from evomerge.versions import library_versions
 from evomerge.workers.base import Job
-from tests.killed_runs import FULL_DISK, OBJECTIVES, SEARCH, ShufflingPool, Silent, WeightSpace, score
+from tests.killed_runs import (
+    FULL_DISK,
+    OBJECTIVES,
+    SEARCH,
+    ShufflingPool,
+    Silent,
+    WeightSpace,
+    score,
+    weights,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,20 +102,40 @@ def told(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
 # Kills
 
 
-@pytest.fixture(scope="module")
-def reports() -> Iterator[list[dict[str, Any]]]:
+def killed_runs(*options: str) -> list[dict[str, Any]]:
     """In memory where that is possible: a killed process loses nothing there either, and fsync is quick."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.killed_runs", folder, "0"],
+            [sys.executable, "-m", "tests.killed_runs", folder, "0", *options],
             cwd=ROOT,
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        yield [json.loads(line) for line in done.stdout.splitlines()]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    return killed_runs()
+
+
+def test_a_race_killed_at_any_point_continues_as_if_undisturbed() -> None:
+    whole, *killed = killed_runs("racing")
+    assert "pruned" in {trial[4] for trial in whole["trials"]}
+    total = len(whole["evaluated"])
+    assert total == whole["blocks"] + len(whole["finals"])
+    assert whole["blocks"] < 3 * len(whole["trials"])
+    assert len(killed) >= 30
+    for report in killed:
+        code = 1 if report["point"][0] == FULL_DISK else -9
+        assert report["codes"] == [code, 0], report["point"]
+        for key in ("trials", "finals", "blocks", "best", "left"):
+            assert report[key] == whole[key], (report["point"], key)
+        done = report["recorded_blocks"] + report["recorded_finals"]
+        assert len(report["evaluated"]) == total - done, report["point"]
 
 
 def test_a_run_killed_at_any_point_or_out_of_disk_continues_as_if_undisturbed(
@@ -196,17 +227,30 @@ def test_a_candidate_that_was_scored_before_is_not_scored_again(tmp_path: Path) 
         assert trial.attempts == (1 if trial is first else 0)
 
 
-def test_a_candidate_whose_machinery_failed_gets_another_chance(tmp_path: Path) -> None:
-    class Constant(WeightSpace):
+def test_a_candidate_whose_machinery_failed_gets_another_chance_in_a_later_generation(tmp_path: Path) -> None:
+    class Coarse(WeightSpace):
         def decode(self, genome: tuple[float, ...]) -> Recipe:
-            return super().decode((0.5, 0.5, 0.5))
+            return super().decode((round(genome[0]), 0.5, 0.5))
 
-    outcomes = iter([Outcome(status=Status.FAILED, reason="a dead worker")])
-    trials = search(
-        tmp_path, decide=lambda job: next(outcomes, None) or score(job), space=Constant(), evaluations=6
+    seen: Counter[str] = Counter()
+
+    def decide(job: Job) -> Outcome:
+        assert job.recipe is not None
+        seen[job.recipe.hash] += 1
+        if weights(job.recipe)[0] == 1 and seen[job.recipe.hash] == 1:
+            return Outcome(status=Status.FAILED, reason="a dead worker")
+        return score(job)
+
+    trials = search(tmp_path, decide=decide, space=Coarse(), evaluations=12)
+    ones = [trial for trial in trials if trial.genome[0] > 0.5]
+    early, late = ([t for t in ones if (t.number >= 6) == is_late] for is_late in (False, True))
+    assert len(early) > 1
+    assert len(late) > 0
+    assert {trial.status for trial in early} == {Status.FAILED}
+    assert {trial.status for trial in late} == {Status.OK}
+    assert [trial.attempts for trial in (*early, *late)] == [1] + [0] * (len(early) - 1) + [1] + [0] * (
+        len(late) - 1
     )
-    assert [trial.status for trial in trials] == [Status.FAILED] + [Status.OK] * 5
-    assert [trial.attempts for trial in trials] == [1, 1, 0, 0, 0, 0]
 
 
 def test_the_budget_is_spent_exactly_and_a_cut_generation_is_not_told(tmp_path: Path) -> None:

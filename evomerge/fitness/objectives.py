@@ -5,28 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from evomerge.records import Metrics, SampleScores
 
+BUILT_IN = "evomerge"
+"""Stands for the filter of the metrics that evomerge adds to tasks; see `fitness.metrics`."""
+
+Number = TypeVar("Number", float, np.ndarray)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Objective:
-    """One number to optimise, with everything that was left open in the experiment filled in.
+class Measure:
+    """One number that a model reaches on a task.
 
     Attributes:
         task: The task as the experiment names it.
         metric: Name of the metric.
         filter: The task's filter that the metric is read from.
-        weight: Share in the fitness.
         maximize: Whether larger is better.
     """
 
     task: str
     metric: str
     filter: str
-    weight: float
     maximize: bool
 
     @property
@@ -37,19 +41,49 @@ class Objective:
     @property
     def label(self) -> str:
         """Name for tables; the filter only where it says something."""
-        return f"{self.task} {self.metric if self.filter == 'none' else self.key}"
+        return f"{self.task} {self.metric if self.filter in ('none', BUILT_IN) else self.key}"
+
+    def of(self, metrics: Metrics) -> float:
+        """The number among all that a model reached."""
+        return metrics[self.task][self.key]
+
+    def best(self, models: Sequence[Metrics]) -> float:
+        """The best that any of several models reached."""
+        return (max if self.maximize else min)(self.of(metrics) for metrics in models)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Measure):
+    """One number to optimise, with everything that was left open in the experiment filled in.
+
+    Attributes:
+        weight: Share in the fitness.
+        normalize: Whether it counts relative to what the best source model reaches.
+        reference: What the best source model reaches; needed, and known, only where `normalize` is set.
+    """
+
+    weight: float
+    normalize: bool = False
+    reference: float | None = None
+
+    def value(self, score: Number) -> Number:
+        """What scores count for: larger is better.
+
+        With a reference r it is the share of r that is reached, 1 + (score - r) / |r| where larger scores are
+        better: 1 for a model as good as the best source. Where scores are positive that is score / r; the form
+        holds for scores below 0 and for scores to be minimised as well.
+        """
+        sign = 1 if self.maximize else -1
+        if not self.normalize:
+            return sign * score
+        assert self.reference is not None, f"{self.label}: the source models have not been scored"
+        return 1 + sign * (score - self.reference) / abs(self.reference)
 
 
 def fitness(metrics: Metrics, objectives: Sequence[Objective]) -> float:
-    """Weighted mean of the objectives; those to be minimised count negatively."""
+    """Weighted mean of the objectives' values; scores to be minimised count negatively."""
     total = sum(objective.weight for objective in objectives)
-    return (
-        math.fsum(
-            (1 if objective.maximize else -1) * objective.weight * metrics[objective.task][objective.key]
-            for objective in objectives
-        )
-        / total
-    )
+    return math.fsum(item.weight * item.value(item.of(metrics)) for item in objectives) / total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +182,20 @@ def paired_test(
     )
 
 
+def document_shares(
+    samples: Mapping[str, SampleScores], objectives: Sequence[Objective]
+) -> dict[str, np.ndarray]:
+    """Task -> a number per document; the sum over tasks of their means is the fitness."""
+    return {task: part * len(part) for task, part in _shares(samples, objectives).items()}
+
+
 def _shares(samples: Mapping[str, SampleScores], objectives: Sequence[Objective]) -> dict[str, np.ndarray]:
     """Task -> what each of its documents adds to the fitness, which is the sum of all."""
     total = sum(objective.weight for objective in objectives)
     shares: dict[str, np.ndarray] = {}
     for objective in objectives:
         scores = np.asarray(samples[objective.task].values[objective.key], dtype=np.float64)
-        sign = 1 if objective.maximize else -1
-        share = sign * objective.weight / total * scores / len(scores)
+        share = objective.weight / total * objective.value(scores) / len(scores)
         shares[objective.task] = shares.get(objective.task, 0.0) + share
     return shares
 

@@ -15,13 +15,13 @@ from typing import Protocol, runtime_checkable
 
 from evomerge.errors import ConfigurationError
 from evomerge.journal import Journal
-from evomerge.loop import Stage, best_trial
 from evomerge.records import Genome, Trial
 from evomerge.report.trials import choose_trial, open_stages
 from evomerge.run_dir import RunDir
 from evomerge.spaces.base import short_names
 from evomerge.spaces.joint import JointSpace
 from evomerge.spaces.path import Hop, Semantics
+from evomerge.stages import Stage, best_trial
 
 SCALE_MEANS: dict[Semantics, str] = {
     "branch": "factor on the MLP output of the hop before, as it joins the stream",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from evomerge.errors import ConfigurationError
 from evomerge.journal import Journal
-from evomerge.loop import Decoded, Stage, best_trial, decoded
 from evomerge.prepare import stages_of
 from evomerge.records import Trial
 from evomerge.run_dir import RunDir
+from evomerge.stages import Decoded, Stage, best_trial, decoded
 
 
 def choose_trial(journal: Journal, run_dir: Path, number: int | None) -> Trial:

@@ -8,12 +8,12 @@ import pytest
 
 from evomerge.errors import ConfigurationError
 from evomerge.journal import Journal
-from evomerge.loop import Stage
 from evomerge.records import Genome
 from evomerge.report.path_map import MERGED, PathMap, path_of_run, path_of_trial, write_path_map
 from evomerge.report.trials import open_stages
 from evomerge.run_dir import RunDir
 from evomerge.spaces.path import Hop, Semantics
+from evomerge.stages import Stage
 from tests.report.runs import PARAMETER, SCALED, STAGES, genome, make_run, trial
 
 
