@@ -36,7 +36,7 @@ _PER_LAYER = {*LAYER_COUNT_KEYS, *PER_LAYER_KEYS}
 """Config entries that a path of layers writes anew."""
 
 _COMPUTED_ALIKE = re.compile(
-    r"^hidden_size$|head|rope|rotary|alibi|position_embedding|position_bias|(^|_)eps|epsilon|hidden_act|activation|softcap"
+    r"^hidden_size$|head|rope|rotary|alibi|^position_embedding|position_bias|(^|_)eps|epsilon|hidden_act|activation|softcap"
     r"|parallel|_multiplier$|_scaling$"
 )
 """Config entries that all layers of a model share, and that layers of several models on a path must too."""

@@ -87,6 +87,10 @@ def test_another_architecture_is_refused(donor: Path, tmp_path: Path, movable: b
         check(edited(tmp_path / "one", model_type="mistral"), donor, movable=movable)
 
 
+def test_models_on_a_path_may_differ_in_how_long_a_text_they_take(donor: Path, tmp_path: Path) -> None:
+    check(make_model(tmp_path / "one", seed=1, max_position_embeddings=128), donor, movable=True)
+
+
 def test_what_computes_nothing_may_differ(donor: Path, tmp_path: Path) -> None:
     one = Checkpoint.open(edited(tmp_path / "one", use_cache=False, tie_word_embeddings=None, extra=1))
     assert differing_keys(one, Checkpoint.open(donor)) == ["extra", "tie_word_embeddings"]
