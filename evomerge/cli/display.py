@@ -186,7 +186,7 @@ def table_text(table: HoldoutTable) -> str:
                 row.name,
                 f"{row.fitness.mean:.4f}",
                 f"{row.fitness.standard_error:.4f}",
-                *(f"{row.metrics[label]:.4f}" for label in labels),
+                *(f"{row.metrics[label]:.4f} ± {row.errors[label]:.4f}" for label in labels),
                 "" if test is None else f"{test.difference:+.4f}",
                 "" if test is None else f"{test.p_value:.2g}",
             ]
@@ -203,6 +203,7 @@ def table_text(table: HoldoutTable) -> str:
     truncated = [f"{row.name} {row.truncated}" for row in table.rows if row.truncated]
     if truncated:
         text.append(f"generations cut off at the token limit: {', '.join(truncated)}")
+    text += [f"{row.name} violates {label}" for row in table.rows[:1] for label in row.violations]
     text += [f"{name} could not be scored: {reason}" for name, reason in table.failed.items()]
     text += ["", f"{table.rows[0].num_documents} documents each; {table.verdict}"]
     return "\n".join(text)

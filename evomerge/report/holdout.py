@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from evomerge.fitness.objectives import Estimate, Objective, PairedTest, estimate, paired_test
+from evomerge.fitness.constraints import Constraint, on_holdout, violations
+from evomerge.fitness.objectives import Estimate, Objective, PairedTest, column_error, estimate, paired_test
 from evomerge.records import Final, SampleScores, Status
 from evomerge.run_dir import RunDir
 
@@ -21,15 +22,19 @@ class Row:
         name: What it is.
         fitness: Its fitness on the holdout with its standard error.
         metrics: Objective's label -> value.
+        errors: Objective's label -> standard error of that value.
         num_documents: Documents it was scored on.
         truncated: Generations that ran into the token limit.
+        violations: Label of every constraint it violates -> by how much, relative to the bound.
     """
 
     name: str
     fitness: Estimate
     metrics: Mapping[str, float]
+    errors: Mapping[str, float]
     num_documents: int
     truncated: int
+    violations: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +72,13 @@ class HoldoutTable:
 
 
 def holdout_table(
-    run_dir: RunDir, finals: Sequence[Final], objectives: Sequence[Objective]
+    run_dir: RunDir,
+    finals: Sequence[Final],
+    objectives: Sequence[Objective],
+    constraints: Sequence[Constraint] = (),
 ) -> HoldoutTable | None:
     """Build the table; None while the holdout is not complete enough to compare anything."""
+    held_out_constraints = on_holdout(constraints, finals)
     held_out = [final for final in finals if final.stage == "holdout"]
     samples: dict[str, Mapping[str, SampleScores]] = {
         final.name: run_dir.read_scores(final.scores) for final in held_out if final.status is Status.OK
@@ -81,8 +90,13 @@ def holdout_table(
             name=final.name,
             fitness=estimate(samples[final.name], objectives),
             metrics={item.label: final.metrics[item.task][item.key] for item in objectives},
+            errors={
+                item.label: column_error(samples[final.name][item.task].values[item.key])
+                for item in objectives
+            },
             num_documents=sum(len(scores.doc_ids) for scores in samples[final.name].values()),
             truncated=final.counts.get("truncated", 0),
+            violations=violations(final.metrics, held_out_constraints),
         )
         for final in held_out
         if final.name in samples
