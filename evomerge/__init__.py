@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from evomerge.checkpoints.reader import Checkpoint
     from evomerge.errors import EvomergeError
     from evomerge.merge.export import export_model
+    from evomerge.plan import ExperimentPlan, RecipePlan, plan_file
     from evomerge.prepare import prepare
     from evomerge.recipe import Recipe
     from evomerge.records import Dimension, Outcome, Status, Trial
@@ -22,12 +23,15 @@ _HOMES = {
     "Checkpoint": "evomerge.checkpoints.reader",
     "Dimension": "evomerge.records",
     "EvomergeError": "evomerge.errors",
+    "ExperimentPlan": "evomerge.plan",
     "Outcome": "evomerge.records",
     "Recipe": "evomerge.recipe",
+    "RecipePlan": "evomerge.plan",
     "RunResult": "evomerge.run",
     "Status": "evomerge.records",
     "Trial": "evomerge.records",
     "export_model": "evomerge.merge.export",
+    "plan_file": "evomerge.plan",
     "prepare": "evomerge.prepare",
     "resume_run": "evomerge.run",
     "start_run": "evomerge.run",
@@ -37,12 +41,15 @@ __all__ = [
     "Checkpoint",
     "Dimension",
     "EvomergeError",
+    "ExperimentPlan",
     "Outcome",
     "Recipe",
+    "RecipePlan",
     "RunResult",
     "Status",
     "Trial",
     "export_model",
+    "plan_file",
     "prepare",
     "resume_run",
     "start_run",

@@ -23,7 +23,9 @@ from evomerge.checkpoints.reference import ModelReference, absolute, resolve
 from evomerge.errors import ConfigurationError, Fault, nearest
 from evomerge.experiment import Experiment, SearchSettings, read_experiment
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.harness import TaskLibrary, split_documents
+from evomerge.fitness.constraints import Constraint, as_settings, resolve_constraints
+from evomerge.fitness.documents import choose_documents
+from evomerge.fitness.harness import TaskLibrary
 from evomerge.fitness.objectives import Objective
 from evomerge.merge.anatomy import anatomy_of
 from evomerge.merge.check import check_recipe
@@ -46,6 +48,7 @@ class PreparedRun:
             filters and directions.
         stages: Its searches.
         objectives: What to optimise.
+        constraints: What a candidate must hold to win.
         search_documents: Documents that candidates are scored on.
         holdout_documents: Documents that judge the result; empty when none were kept.
         checkpoints: Model as recipes name it -> its checkpoint. The winner of a stage, which later stages merge,
@@ -60,6 +63,7 @@ class PreparedRun:
     experiment: Experiment
     stages: tuple[Stage, ...]
     objectives: tuple[Objective, ...]
+    constraints: tuple[Constraint, ...]
     search_documents: tuple[DocumentSet, ...]
     holdout_documents: tuple[DocumentSet, ...]
     checkpoints: Mapping[str, Checkpoint]
@@ -120,12 +124,20 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
     sources = tuple(names[text] for text in experiment.models)
     donor = base or sources[0]
     spaces = [_rename_models(space, names) for space in spaces]
+    experiment = experiment.model_copy(
+        update={
+            "stages": [
+                stage.model_copy(update={"models": stage.models and [names[text] for text in stage.models]})
+                for stage in experiment.stages
+            ]
+        }
+    )
     stages: tuple[Stage, ...] = ()
     with checks.collect():
         stages = _stages(experiment, spaces, options, by_name, sources, base)
     checks.stop_if_faulty()
-    library, objectives = tasks
-    search_documents, holdout_documents = _documents(experiment, library)
+    library, objectives, constraints = tasks
+    search_documents, holdout_documents = choose_documents(experiment, constraints, library)
     resolved = experiment.model_copy(
         update={
             "models": list(sources),
@@ -140,20 +152,25 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
                 )
                 for settings, objective in zip(experiment.objectives, objectives, strict=True)
             ],
+            "constraints": [as_settings(constraint) for constraint in constraints],
             "evaluation": experiment.evaluation.model_copy(
                 update={"include_path": [str(folder) for folder in include_path], "data_dir": data_dir}
             ),
         }
     )
     task_names = tuple(dict.fromkeys(item.task for item in (*search_documents, *holdout_documents)))
+    measures = (*objectives, *constraints)
     metrics = {
-        item.task: tuple((other.metric, other.filter) for other in objectives if other.task == item.task)
-        for item in objectives
+        item.task: tuple(
+            dict.fromkeys((other.metric, other.filter) for other in measures if other.task == item.task)
+        )
+        for item in measures
     }
     return PreparedRun(
         experiment=resolved,
         stages=stages,
         objectives=objectives,
+        constraints=constraints,
         search_documents=search_documents,
         holdout_documents=holdout_documents,
         checkpoints=by_name,
@@ -302,13 +319,16 @@ class _Checks:
         data_dir: str | None,
         *,
         allow_code: bool,
-    ) -> tuple[TaskLibrary, tuple[Objective, ...]]:
+    ) -> tuple[TaskLibrary, tuple[Objective, ...], tuple[Constraint, ...]]:
         """Load the tasks and look up the metrics."""
         places: dict[str, FieldPath] = {}
         for index, objective in enumerate(experiment.objectives):
             places.setdefault(objective.task, ("objectives", index, "task"))
             if objective.holdout_task is not None:
                 places.setdefault(objective.holdout_task, ("objectives", index, "holdout_task"))
+        for index, entry in enumerate(experiment.constraints):
+            if entry.task is not None:
+                places.setdefault(entry.task, ("constraints", index, "task"))
         library = None
         try:
             library = TaskLibrary(list(places), include_path, allow_code=allow_code, data_dir=data_dir)
@@ -317,15 +337,31 @@ class _Checks:
                 place = places.get(fault.path, tuple(fault.path.split(".")))
                 self.faults.append(self.document.fault(place, fault.reason))
         if library is None:
-            return None, ()  # type: ignore[return-value]  # the caller stops at the faults
-        objectives = []
+            return None, (), ()  # type: ignore[return-value]  # the caller stops at the faults
+        objectives: list[Objective] = []
         for index, settings in enumerate(experiment.objectives):
             with self.collect():
                 objectives.append(library.objective(settings, index))
                 if settings.holdout_task is not None:
-                    same = {"task": settings.holdout_task, "filter": objectives[-1].filter}
-                    library.objective(settings.model_copy(update=same), index)
-        return library, tuple(objectives)
+                    filled = settings.model_copy(update={"filter": objectives[-1].filter})
+                    library.measure(settings.holdout_task, filled, f"objectives.{index}")
+                if experiment.evaluation.screen is not None:
+                    library.check_references(settings.task, "evaluation.screen.metric")
+        constraints: tuple[Constraint, ...] = ()
+        if not self.faults:
+            with self.collect():
+                constraints = resolve_constraints(experiment.constraints, objectives, library.measure)
+                self._held_out(experiment, constraints, library)
+        return library, tuple(objectives), constraints
+
+    def _held_out(
+        self, experiment: Experiment, constraints: Sequence[Constraint], library: TaskLibrary
+    ) -> None:
+        """Make sure that the holdout task of an objective has what constrains the objective's task."""
+        others = {item.task: item.holdout_task for item in experiment.objectives if item.holdout_task}
+        for item in constraints:
+            if item.task in others:
+                library.measure(others[item.task], as_settings(item), "constraints")
 
 
 def _config_differences(checkpoints: Mapping[str, Checkpoint], donor: str) -> Iterator[str]:
@@ -361,8 +397,10 @@ def _stages(
         ConfigurationError: Carries every fault found.
     """
     stages: list[Stage] = []
-    models, known = sources, dict(checkpoints)
+    winner: tuple[str, ...] = ()
+    known = dict(checkpoints)
     for settings, document, its_options in zip(experiment.searches, spaces, options, strict=True):
+        models = (*winner, *(sources if settings.models is None else settings.models))
         fitted = source_models(known, models, base, anatomies=needs_anatomies(document))
         space = build_space(document, fitted)
         if chooses_layers(document) and settings.name != experiment.searches[-1].name:
@@ -375,7 +413,7 @@ def _stages(
         check_recipe(recipe)
         donor = plan_merge(recipe, known).donor
         known[settings.name] = known[donor]
-        models = (settings.name, *sources)
+        winner = (settings.name,)
         search = settings.search
         stages.append(
             Stage(
@@ -433,32 +471,6 @@ def source_models(
         anatomies={model: anatomy_of(checkpoints[model]) for model in sources} if anatomies else {},
         sizes={model: size_of(checkpoints[model]) for model in sources},
     )
-
-
-def _documents(
-    experiment: Experiment, library: TaskLibrary
-) -> tuple[tuple[DocumentSet, ...], tuple[DocumentSet, ...]]:
-    """Choose the documents of the search and of the holdout for every task."""
-    searched: dict[str, DocumentSet] = {}
-    held_out: dict[str, DocumentSet] = {}
-    evaluation = experiment.evaluation
-    for objective in experiment.objectives:
-        name, other = objective.task, objective.holdout_task
-        count = library.num_documents(name)
-        share = evaluation.holdout if other is None else 0.0
-        search_ids, holdout_ids = split_documents(
-            library.split_name(name), count, holdout=share, limit=evaluation.limit
-        )
-        searched[name] = DocumentSet(
-            task=name, doc_ids=search_ids, name=name, complete=len(search_ids) == count
-        )
-        if other is not None:
-            every = tuple(range(library.num_documents(other)))
-            held_out[name] = DocumentSet(task=other, doc_ids=every, name=name, complete=True)
-        elif holdout_ids:
-            held_out[name] = DocumentSet(task=name, doc_ids=holdout_ids, name=name)
-    complete = len(held_out) == len(searched)
-    return tuple(searched.values()), tuple(held_out.values()) if complete else ()
 
 
 def _recipe_name(text: str, folder: Path) -> str:

@@ -104,7 +104,11 @@ def test_a_finished_run_holds_everything_it_promises(study: Study) -> None:
     trials = recorded(study.run_dir)
     assert [entry[0] for entry in trials] == list(range(12))
     assert len({entry[3] for entry in trials}) > 1, "a flat fitness would prove nothing"
-    assert set(finals(study.run_dir)) == {
+    found = set(finals(study.run_dir))
+    confirmed = {name for name, stage in found if stage == "confirm"}
+    assert f"trial {study.result.best.number}, part 0" in confirmed
+    assert len(confirmed) == 6
+    assert {entry for entry in found if entry[1] != "confirm"} == {
         ("task arithmetic 0.5", "search"),
         *((name, "holdout") for name in ("winner", "one", "two", "base", "uniform average")),
         ("task arithmetic 0.5", "holdout"),

@@ -13,6 +13,8 @@ from evomerge.cli.evaluate import evaluate
 from evomerge.cli.export import export
 from evomerge.cli.listing import methods, searchers, spaces
 from evomerge.cli.merge import merge
+from evomerge.cli.path import path
+from evomerge.cli.plan import plan
 from evomerge.cli.resume import resume
 from evomerge.cli.run import run
 from evomerge.cli.status import status
@@ -32,7 +34,20 @@ def evomerge() -> None:
     """
 
 
-for command in (run, resume, status, validate, merge, evaluate, export, methods, spaces, searchers):
+for command in (
+    run,
+    resume,
+    status,
+    validate,
+    plan,
+    merge,
+    evaluate,
+    export,
+    path,
+    methods,
+    spaces,
+    searchers,
+):
     evomerge.add_command(command)
 
 
