@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from evomerge.checkpoints.folder import contained, listing, read_json, what
 from evomerge.checkpoints.hashes import cached_sha256
 from evomerge.checkpoints.header import CONVERT, DTYPES, DType, TensorInfo, read_header
-from evomerge.checkpoints.mapped import MappedFile, Stamp, stamp_of
+from evomerge.checkpoints.mapped import MappedFile, Stamp, read_into, stamp_of
 from evomerge.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 __all__ = [
     "CONFIG",
@@ -121,6 +122,24 @@ class Checkpoint:
         )
         return odd.clone().view(dtype).view(info.shape)
 
+    def read(self, name: str, first: int, out: NDArray[Any]) -> None:
+        """Read elements of a tensor into memory, rather than map them.
+
+        Args:
+            name: The tensor.
+            first: Position of the first element.
+            out: Contiguous, of the tensor's item size; as many elements as it has are read.
+
+        Raises:
+            CheckpointError: As `tensor`.
+        """
+        info = self._info(name)
+        begin, _ = _range(info, first, None)
+        try:
+            read_into(out.view("uint8").data, info.file, begin, self._stamps.get(info.file))
+        except OSError as error:
+            raise self._unreadable(info, error) from error
+
     def prefetch(self, name: str, first: int = 0, count: int | None = None) -> None:
         """Have the system read a tensor, or `count` elements from `first`, in the background.
 
@@ -141,18 +160,25 @@ class Checkpoint:
         info, mapped = self._mapped(name)
         mapped.release(*_range(info, first, count))
 
-    def _mapped(self, name: str) -> tuple[TensorInfo, MappedFile]:
+    def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.folder}: no tensor named '{name}'{nearest(name, self.tensors)}")
+        return info
+
+    def _mapped(self, name: str) -> tuple[TensorInfo, MappedFile]:
+        info = self._info(name)
         try:
             mapped = self._maps.get(info.file)
             if mapped is None:
                 mapped = self._maps[info.file] = MappedFile(info.file, self._stamps.get(info.file))
             mapped.check()
         except OSError as error:
-            raise CheckpointError(f"{info.file}: tensor '{name}' cannot be read: {error}") from error
+            raise self._unreadable(info, error) from error
         return info, mapped
+
+    def _unreadable(self, info: TensorInfo, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{info.file}: tensor '{info.name}' cannot be read: {error}")
 
     def content_hash(self) -> str:
         """Return the SHA-256, in hex, of the config and the weight files with their names.

@@ -18,14 +18,16 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evomerge.checkpoints.durable import reserve, write_all
 from evomerge.checkpoints.manifest import FileRecord
 from evomerge.checkpoints.shards import Shard, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 NUM_BUFFERS = 3
 """One is filled, one waits, one is written."""
@@ -49,24 +51,34 @@ class Buffer:
 
         return torch.frombuffer(self._pages, dtype=dtype, count=count)
 
+    def array(self, dtype: np.dtype[Any], count: int, offset: int = 0) -> NDArray[Any]:
+        """Its `count` elements from a byte on as a flat array."""
+        import numpy as np
+
+        return np.frombuffer(self._pages, dtype, count, offset)
+
 
 class TensorStream:
     """The weight files of one checkpoint while they are written; made by `CheckpointWriter.stream`.
 
-    For every tensor of `tensors`, in that order, its bytes are handed over in any number of pieces, each put
-    into a buffer taken with `buffer`. Errors of the thread are raised by the next call.
+    The bytes of all tensors of `shards` are handed over in that order, in pieces put into buffers taken with
+    `buffer`; a piece may hold several tensors, but of one shard only. Errors of the thread are raised by the
+    next call.
 
     Args:
         paths: Where the shards are written.
         shards: What they hold.
         buffer_bytes: Size of a buffer; there are `NUM_BUFFERS`.
 
+    Attributes:
+        shards: As given.
+
     Raises:
         OSError: The disk cannot hold the files.
     """
 
     def __init__(self, paths: Sequence[Path], shards: Sequence[Shard], *, buffer_bytes: int) -> None:
-        self.tensors: tuple[TensorSpec, ...] = tuple(t for shard in shards for t in shard.tensors)
+        self.shards = tuple(shards)
         self.buffer_bytes = buffer_bytes
         self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[Buffer, int] | None] = queue.SimpleQueue()
@@ -79,6 +91,11 @@ class TensorStream:
             self._free.put(Buffer(buffer_bytes))
         self._thread = threading.Thread(target=self._run, args=(paths, shards), name="checkpoint writer")
         self._thread.start()
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """What is written, in order."""
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
     def buffer(self) -> Buffer:
         """Wait for a buffer that is free; each one taken must be given to `put`."""

@@ -43,6 +43,20 @@ class TensorSource(Protocol):
         ...
 
 
+class Statistics(Protocol):
+    """What methods ask to know of source tensors, such as a `Bank`."""
+
+    def histogram(self, source: Key, base: Key, /) -> Histogram:
+        """Magnitude histogram of the task vector of a source."""
+        ...
+
+    def gram(
+        self, tensors: Sequence[Key], base: int | None, kind: GramKind, axis: Axis, /
+    ) -> NDArray[np.float64]:
+        """Gram matrices; see `Bank.gram`."""
+        ...
+
+
 class Bank:
     """Source tensors, and what is known of them.
 

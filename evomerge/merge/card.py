@@ -53,8 +53,6 @@ def model_card(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], merges: Se
         checkpoints: Model as the recipe names it -> its checkpoint.
         merges: Recipes of the merges among its models, and of those among theirs.
     """
-    import torch
-
     licences = {name: licence_of(checkpoints[name]) for name in recipe.model_names}
     made = {each.name for each in merges if each.name is not None}
     named = [name for each in (*merges, recipe) for name in each.model_names if name not in made]
@@ -87,7 +85,7 @@ Merged with the {_code(recipe.merge_method)} method from:
 {text}{fence}
 
 `evomerge merge mergekit_config.yml OUT_DIR` makes this model again from the parents; {tool} reads the same file.
-Made by evomerge {version("evomerge-recipes")} with torch {torch.__version__}. `manifest.json` holds the size and
+Made by evomerge {version("evomerge-recipes")} with torch {version("torch")}. `manifest.json` holds the size and
 SHA-256 of every file.
 """
 

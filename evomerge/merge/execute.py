@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evomerge.errors import CheckpointError, Fault
-from evomerge.merge.bank import Bank, TensorSource
+from evomerge.merge.bank import Bank, Statistics, TensorSource
 from evomerge.merge.kernels.threads import spread
 from evomerge.merge.methods import MergeInputs
 from evomerge.merge.methods.base import CombinationInputs, TaskVectorInputs
@@ -41,6 +41,7 @@ __all__ = [
     "compute",
     "is_finite",
     "merge_tensor",
+    "operation_of",
     "prepare_tensor",
     "why_not_finite",
 ]
@@ -130,7 +131,7 @@ class PreparedTensor:
             elements = elements.part(first, first + out.numel())
         return _kernel(out)(self.operation, elements, out)
 
-    def _elements(self) -> Elements:
+    def _elements(self) -> Elements[Tensor]:
         from evomerge.merge.kernels.reference import Elements
 
         return Elements(
@@ -177,7 +178,7 @@ def prepare_tensor(plan: TensorPlan, bank: Bank) -> PreparedTensor:
         bank: The sources.
     """
     tensors = [bank.tensor(key).reshape(-1) for key in plan.inputs]
-    operation = _operation(plan, bank) if plan.dtype is not None else None
+    operation = operation_of(plan, bank) if plan.dtype is not None else None
     ranks = {}
     if isinstance(operation, TaskVectorSum):
         ranked = [term.source for term in operation.terms if isinstance(term.keep, Ranked)]
@@ -282,7 +283,8 @@ def why_not_finite(prepared: PreparedTensor) -> str:
     )
 
 
-def _operation(plan: TensorPlan, bank: Bank) -> Operation | None:
+def operation_of(plan: TensorPlan, statistics: Statistics) -> Operation | None:
+    """What a kernel carries out for a tensor that is merged, or None if its method has a formula only."""
     method, keys = plan.method, plan.inputs
     if method.combination is not None:
         return method.combination(
@@ -292,7 +294,7 @@ def _operation(plan: TensorPlan, bank: Bank) -> Operation | None:
                 num_inputs=len(keys),
                 shared=plan.shared,
                 values=plan.values,
-                gram=lambda kind, axis: bank.gram(keys, plan.base, kind, axis),
+                gram=lambda kind, axis: statistics.gram(keys, plan.base, kind, axis),
             )
         )
     if method.task_vectors is not None:
@@ -305,13 +307,13 @@ def _operation(plan: TensorPlan, bank: Bank) -> Operation | None:
                 others=[index for index in range(len(keys)) if index != plan.base],
                 shared=plan.shared,
                 values=plan.values,
-                histogram=lambda source: bank.histogram(keys[source], base),
+                histogram=lambda source: statistics.histogram(keys[source], base),
             )
         )
     return None
 
 
-def _kernel(out: Tensor) -> Callable[[Operation, Elements, Tensor], bool]:
+def _kernel(out: Tensor) -> Callable[[Operation, Elements[Tensor], Tensor], bool]:
     """What carries out an operation on the device of `out`."""
     from evomerge.merge.kernels import cpu, gpu, reference
 

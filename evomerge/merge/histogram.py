@@ -84,18 +84,21 @@ class Histogram:
             tables[1].index_add_(0, places, (bits & ((1 << BIN_SHIFT) - 1)).to(torch.int64))
         assert tables is not None
         counts, low_sums = tables.cpu().numpy()
-        return cls.from_counts(counts, low_sums)
+        bins = np.flatnonzero(counts)
+        return cls.from_counts(bins, counts[bins], low_sums[bins])
 
     @classmethod
-    def from_counts(cls, counts: NDArray[np.int64], low_sums: NDArray[np.int64]) -> Histogram:
-        """Keep the occupied bins of a full table.
+    def from_counts(
+        cls, bins: NDArray[np.int64], counts: NDArray[np.int64], low_sums: NDArray[np.int64]
+    ) -> Histogram:
+        """The histogram of what was counted.
 
         Args:
-            counts: Elements per bin, [NUM_BINS].
-            low_sums: Per bin, the sum of the bits below the bins, [NUM_BINS].
+            bins: The B occupied bins, ascending.
+            counts: Elements per bin, [B].
+            low_sums: Per bin, the sum of the bits below `BIN_SHIFT`, [B].
         """
-        bins = np.flatnonzero(counts).astype(np.uint32)
-        counts, low_sums = counts[bins], low_sums[bins]
+        bins = bins.astype(np.uint32)
         exponents = np.maximum(bins >> np.uint32(23 - BIN_SHIFT), 1).astype(np.int64)
         # Sums are not finite from the first magnitude on that is not.
         with np.errstate(over="ignore", invalid="ignore"):

@@ -1,8 +1,8 @@
 """How much of a streamed merge is in memory at once: the writer's buffers and the chunk being merged.
 
-Counted are the buffers, the pages of the sources that the chunk needs, and what its method computes with. Not
-counted are the process itself, and pages that a method's statistics read once: they are the file's own, and
-the system takes them back when it needs them.
+Counted are the buffers, what of the sources the chunk needs, and what its method computes with. Not counted are
+the process itself, and pages that are mapped for a method's statistics once: they are the file's own, and the
+system takes them back when it needs them.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ class Memory:
 
     def chunk(self, prepared: PreparedTensor) -> int:
         """Elements that are merged at once."""
-        if not prepared.divisible:
-            return max(1, prepared.numel)
-        count = self.buffer_bytes // prepared.dtype.itemsize
+        return self.elements(prepared.dtype.itemsize) if prepared.divisible else max(1, prepared.numel)
+
+    def elements(self, itemsize: int) -> int:
+        """Elements of a divisible tensor that are merged at once, of that many bytes each."""
+        count = self.buffer_bytes // itemsize
         return max(GRAIN, count // GRAIN * GRAIN) if count >= GRAIN else count
 
     def needed(self, plan: TensorPlan, prepared: PreparedTensor, sources: Mapping[str, Checkpoint]) -> int:

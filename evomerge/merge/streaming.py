@@ -1,24 +1,28 @@
 """Merges a plan's tensors into a checkpoint's weight files, chunk by chunk, within a memory budget.
 
-    source pages ──► merge a chunk ──► buffer ──► writer thread ──► disk
+    sources ──► merge a chunk ──► buffer ──► writer thread ──► disk
         ▲   │
   prefetch  release
 
-While one chunk is merged, the system reads the next ones and the writer's thread writes the one before. The
-pages of the sources are given back chunk by chunk, so what is in memory does not grow with the models.
+While one chunk is merged, the system reads the next ones and the writer's thread writes the one before. Native
+tensors are read in pieces by several threads; see `batches`. The others are mapped, and their pages given back
+chunk by chunk, so what is in memory does not grow with the models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.stream import NUM_BUFFERS, TensorStream
 from evomerge.checkpoints.writer import CheckpointWriter
-from evomerge.errors import CheckpointError, Fault
-from evomerge.merge.execute import Bank, PreparedTensor, is_finite, prepare_tensor
-from evomerge.merge.memory import GRAIN, Memory, bytes_per_element, spec_of
+from evomerge.merge.batches import Batches
+from evomerge.merge.execute import Bank, PreparedTensor, prepare_tensor
+from evomerge.merge.finite import not_finite
+from evomerge.merge.memory import Memory, bytes_per_element, spec_of
+from evomerge.merge.native import is_native
 from evomerge.merge.plan import TensorPlan
 
 LOOK_AHEAD = 8
@@ -56,21 +60,41 @@ def write_tensors(
     total = sum(spec.nbytes for spec in specs)
     done = 0
     with writer.stream(specs, buffer_bytes=memory.buffer_bytes) as stream:
-        ordered = [by_name[spec.name] for spec in stream.tensors]
+        ordered = [[by_name[spec.name] for spec in shard.tensors] for shard in stream.shards]
         ahead = _ReadAhead(
-            _prefetches(ordered, sources, memory.buffer_bytes), LOOK_AHEAD * memory.buffer_bytes
+            _prefetches([plan for shard in ordered for plan in shard], sources, memory.buffer_bytes),
+            LOOK_AHEAD * memory.buffer_bytes,
         )
-        for spec in stream.tensors:
-            ahead.move_to(done)
-            plan = by_name[spec.name]
-            prepared = _prepare(plan, sources, memory, device)
-            assert str(prepared.dtype) == f"torch.{spec.dtype}", "the header is written already"
-            memory.check(plan, prepared, sources)
-            for nbytes in _write_tensor(plan, prepared, sources, stream, memory, device):
-                done += nbytes
-                ahead.move_to(done)
-                if progress is not None:
-                    progress(done, total)
+        ahead.move_to(0)
+        for shard in ordered:
+            with contextlib.closing(_write_shard(shard, sources, stream, memory, device)) as chunks:
+                for nbytes in chunks:
+                    done += nbytes
+                    ahead.move_to(done)
+                    if progress is not None:
+                        progress(done, total)
+
+
+def _write_shard(
+    plans: Sequence[TensorPlan],
+    sources: Mapping[str, Checkpoint],
+    stream: TensorStream,
+    memory: Memory,
+    device: str,
+) -> Generator[int, None, None]:
+    """Merge and hand over the tensors of a shard; yields the bytes of every chunk."""
+    with Batches(sources, stream, memory) as batches:
+        for plan in plans:
+            if _is_native(plan, sources, device):
+                yield from batches.add(plan)
+            else:
+                yield from batches.flush()
+                yield from _write_tensor(plan, sources, stream, memory, device)
+        yield from batches.flush()
+
+
+def _is_native(plan: TensorPlan, sources: Mapping[str, Checkpoint], device: str) -> bool:
+    return device == "cpu" and is_native(plan, sources)
 
 
 def check_memory(
@@ -86,26 +110,28 @@ def check_memory(
     if memory.budget is None:
         return
     for plan in plans:
+        if _is_native(plan, sources, device):
+            continue  # merged in pieces that are always small enough
         nbytes = spec_of(plan, sources).nbytes
         numel = math.prod(plan.shape)
         inputs = numel * bytes_per_element(plan, sources)
         # Four float32 copies of every input, and eight of the result.
         most = NUM_BUFFERS * memory.buffer_bytes + nbytes + inputs + 16 * numel * (len(plan.inputs) + 2)
         if memory.held_bytes + most > memory.budget:
-            memory.check(plan, _prepare(plan, sources, memory, device), sources)
+            _prepare(plan, sources, memory, device)
 
 
 def _write_tensor(
     plan: TensorPlan,
-    prepared: PreparedTensor,
     sources: Mapping[str, Checkpoint],
     stream: TensorStream,
     memory: Memory,
     device: str,
 ) -> Iterator[int]:
-    """Merge and hand over a tensor; yields the bytes of every chunk."""
+    """Merge and hand over a tensor by torch; yields the bytes of every chunk."""
     import torch
 
+    prepared = _prepare(plan, sources, memory, device)
     step = memory.chunk(prepared)
     for first in range(0, prepared.numel, step):
         count = min(step, prepared.numel - first)
@@ -133,6 +159,7 @@ def _prepare(
     prepared = prepare_tensor(plan, Bank(sources, device=device, budget=memory.budget))
     # Statistics, and copies to another device, read all of the inputs.
     _release(plan, sources)
+    memory.check(plan, prepared, sources)
     return prepared
 
 
@@ -170,25 +197,3 @@ def _prefetches(plans: Sequence[TensorPlan], sources: Mapping[str, Checkpoint], 
                 sources[model].prefetch(name, first, step)
             reached += min(step, math.prod(plan.shape) - first) * spec.stored.itemsize
             yield reached
-
-
-def not_finite(plan: TensorPlan, sources: Mapping[str, Checkpoint]) -> CheckpointError:
-    """Say why a merged tensor holds NaN or infinity: a source does, or the merge overflowed."""
-    for model, name in plan.inputs:
-        flat = sources[model].tensor(name).view(-1)
-        for first in range(0, flat.numel(), GRAIN):
-            piece = flat[first : first + GRAIN]
-            if not is_finite(piece):
-                element = first + int((~piece.isfinite()).nonzero()[0])
-                value = float(flat[element])
-                reason = (
-                    f"the merged tensor holds NaN or infinity, as {model} does: element {element} of {name} in "
-                    f"{sources[model].tensors[name].file} is {value}; use an undamaged copy of the model, or "
-                    "leave it out"
-                )
-                return CheckpointError(Fault(path=plan.name, reason=reason))
-    reason = (
-        f"the merged tensor holds NaN or infinity though the sources do not: the merge overflowed {plan.dtype}; "
-        "use bfloat16 or float32 as out_dtype, or smaller parameters"
-    )
-    return CheckpointError(Fault(path=plan.name, reason=reason))

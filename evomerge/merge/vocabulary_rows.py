@@ -162,7 +162,9 @@ class AlignedCheckpoint(Checkpoint):
             dtype = self._dtype(made)
             size = math.prod(shape) * DTYPES[dtype].itemsize
             tensors[name] = replace(tensors[name], dtype=dtype, shape=tuple(shape), begin=0, end=size)
-        super().__init__(folder=inner.folder, config=inner.config, tensors=tensors, files=inner.files)
+        super().__init__(
+            folder=inner.folder, config=inner.config, tensors=tensors, files=inner.files, stamps=inner._stamps
+        )
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor; one that is aligned is made on first use and kept. Never write to it.

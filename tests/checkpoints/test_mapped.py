@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from evomerge.checkpoints.header import DTYPES
-from evomerge.checkpoints.mapped import MappedFile
+from evomerge.checkpoints.mapped import MappedFile, read_into, stamp_of
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError
 
@@ -168,3 +168,39 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="tensor 'w' cannot be read"):
         checkpoint.tensor("w")
+
+
+# Reading instead of mapping.
+
+
+def test_bytes_are_read_from_any_place_even_in_portions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 5
+    (tmp_path / "file").write_bytes(data)
+    out = bytearray(700)
+    read_into(memoryview(out), tmp_path / "file", 123)
+    assert out == data[123:823]
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, parts, begin: real(file, [parts[0][:37]], begin))
+    read_into(memoryview(out), tmp_path / "file", 580)
+    assert out == data[580:]
+    read_into(memoryview(b""), tmp_path / "file", 99999)
+
+
+def test_a_file_that_changed_or_ends_early_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(100))
+    stamp = stamp_of(file.stat())
+    out = memoryview(bytearray(60))
+    read_into(out, file, 40, stamp)
+    with pytest.raises(OSError, match="the file changed"):
+        read_into(out, file, 41, stamp)
+    file.write_bytes(bytes(101))
+    read_into(out, file, 41)
+    with pytest.raises(OSError, match="the file changed"):
+        read_into(out, file, 40, stamp)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with pytest.raises(FileNotFoundError):
+        read_into(out, tmp_path / "none", 0)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208

@@ -85,6 +85,20 @@ print(sorted({{"torch", "transformers", "safetensors", "huggingface_hub", "numpy
     assert done.stdout.strip() == "[]"
 
 
+def test_elements_are_read_into_memory(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(model(tmp_path / "m"))
+    expected = checkpoint.tensor("model.layers.1.w").view(-1)
+    for first, count in [(0, 6), (2, 3), (5, 1), (6, 0)]:
+        found = torch.zeros(count)
+        checkpoint.read("model.layers.1.w", first, found.numpy())
+        assert torch.equal(found, expected[first : first + count])
+    with pytest.raises(CheckpointError, match="no tensor named 'x'"):
+        checkpoint.read("x", 0, torch.zeros(1).numpy())
+    model(tmp_path / "m", {name: tensor.to(torch.bfloat16) for name, tensor in tensors().items()})
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.w' cannot be read: the file changed"):
+        checkpoint.read("model.layers.1.w", 0, torch.zeros(6).numpy())
+
+
 def test_an_unknown_tensor_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model(tmp_path / "m"))
     with pytest.raises(CheckpointError, match=r"'model.layer.0.w' \(did you mean 'model.layers.0.w'\?\)"):

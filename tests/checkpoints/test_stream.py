@@ -9,8 +9,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from evomerge.checkpoints import stream as stream_module
 from evomerge.checkpoints.shards import TensorSpec
@@ -125,6 +127,21 @@ def test_missing_and_surplus_bytes_are_noticed(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=reason):
             write(tmp_path / "out", [size])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_piece_may_hold_several_tensors(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out") as writer:
+        with writer.stream(specs(4), buffer_bytes=3 * 256) as stream:
+            for numbers in ([0.5, 1.5, 2.5], [3.5]):
+                buffer = stream.buffer()
+                for place, number in enumerate(numbers):
+                    buffer.array(np.dtype(np.float32), 64, place * 256)[:] = number
+                stream.put(buffer, len(numbers) * 256)
+        writer.commit()
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: set(tensor.tolist()) for name, tensor in found.items()} == {
+        f"w{number}": {number + 0.5} for number in range(4)
+    }
 
 
 def test_a_piece_cannot_reach_into_the_next_file(tmp_path: Path) -> None:

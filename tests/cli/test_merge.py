@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evomerge
+from evomerge.merge.native import NativeTensor
+from evomerge.merge.plan import TensorPlan
 from tests.checkpoints.files import raw
 from tests.cli.conftest import Command
 
@@ -137,21 +145,58 @@ def test_a_hostile_or_broken_model_is_named_and_leaves_nothing(
 def test_a_file_that_shrinks_while_it_is_merged_is_an_error(
     bad: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evomerge.merge import streaming
+    from evomerge.merge import batches
 
-    real = streaming._prepare
+    real = batches.prepare_native
 
-    def shrink(plan: object, *rest: object) -> object:
-        if getattr(plan, "name", "") == "model.layers.2.mlp.up_proj.weight":
+    def shrink(plan: TensorPlan, *rest: Any, **options: Any) -> NativeTensor:
+        if plan.name == "model.layers.2.mlp.up_proj.weight":
             truncated(bad)
-        return real(plan, *rest)  # type: ignore[arg-type]
+        return real(plan, *rest, **options)
 
-    monkeypatch.setattr(streaming, "_prepare", shrink)
+    monkeypatch.setattr(batches, "prepare_native", shrink)
     result = command("merge", "recipe.yml", "out")
     assert result.code == 2
     assert "bad/model.safetensors: tensor" in result.err
     assert "changed since the checkpoint was opened" in result.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "recipe.yml"]
+
+
+WITHOUT_TORCH = """
+import sys
+from evomerge.cli import main
+try:
+    main()
+finally:
+    print(sorted({"torch", "transformers", "tokenizers", "safetensors"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "linear\nparameters: {weight: 1}",
+        "ties\nbase_model: $base\nparameters: {weight: 1, density: 0.5}",
+        "dare_ties\nbase_model: $base\nparameters: {weight: 1, density: 0.5}",
+        "slerp\nbase_model: $one\nparameters: {t: 0.5}",
+    ],
+    ids=lambda text: text.split("\n")[0],
+)
+def test_ordinary_merges_do_not_wait_for_torch(method: str, tiny_zoo: Path, tmp_path: Path) -> None:
+    text = f"models: [{{model: $one}}, {{model: $two}}]\nmerge_method: {method}\n"
+    (tmp_path / "recipe.yml").write_text(text.replace("$", f"{tiny_zoo}/"))
+    command = [sys.executable, "-c", WITHOUT_TORCH, "merge", "recipe.yml", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(evomerge.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "out\n[]\n"), done.stderr
+
+
+def test_the_search_for_garbage_goes_on_after_a_merge(bad: Path, command: Command) -> None:
+    assert gc.isenabled()
+    assert command("merge", "recipe.yml", "out").code == 0
+    assert gc.isenabled()
+    assert command("merge", "recipe.yml", "out").code != 0
+    assert gc.isenabled()
 
 
 def test_options_reach_the_merge(bad: Path, command: Command, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_the_size_of_the_pieces_changes_no_bit(
     expected = merge_tensor(plan_for(name, tensors), sources(tensors))
     monkeypatch.setattr(execute, "PIECE", piece)
     monkeypatch.setattr(reference, "PIECE", piece)
-    monkeypatch.setattr("evomerge.merge.kernels.cpu.PIECE", piece)
+    monkeypatch.setattr("evomerge.merge.kernels.cpu_arrays.PIECE", piece)
     assert merge_tensor(plan_for(name, tensors), sources(tensors)).equal(expected)
 
 

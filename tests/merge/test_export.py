@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from .test_plan import copy_embedding, two, untie
 from .zoo import assert_same, merged, models, recipe, tensors
 
 AVERAGE = "models: [{model: $one}, {model: $two}]\nmerge_method: linear\nparameters: {weight: 1}\n"
+NEARSWAP = (
+    "models: [{model: $one}, {model: $base}]\nbase_model: $base\nmerge_method: nearswap\nparameters: {t: 1}\n"
+)
 STACK = """
 slices:
 - sources: [{model: $one, layer_range: [0, 3]}]
@@ -123,14 +127,21 @@ def test_large_models_are_sharded_with_an_index(tiny_zoo: Path, tmp_path: Path) 
     assert_same(dict(model.state_dict()), merged(wanted), exact=True)
 
 
-def test_progress_counts_bytes(tiny_zoo: Path, tmp_path: Path) -> None:
-    wanted, seen = recipe(AVERAGE, tiny_zoo), []
+@pytest.mark.parametrize("text", [AVERAGE, NEARSWAP], ids=["native", "by torch"])
+def test_progress_counts_bytes(
+    text: str, tiny_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evomerge.merge.memory.BUFFER_BYTES", 8192)
+    wanted, seen = recipe(text, tiny_zoo), []
     export_model(
         wanted, models(wanted), tmp_path / "out", progress=lambda done, total: seen.append((done, total))
     )
-    sizes = [tensor.nbytes for tensor in tensors(tmp_path / "out").values()]
-    assert [total for _, total in seen] == [sum(sizes)] * len(sizes)
-    assert [done for done, _ in seen] == [sum(sizes[: n + 1]) for n in range(len(sizes))]
+    total = sum(tensor.nbytes for tensor in tensors(tmp_path / "out").values())
+    assert {of for _, of in seen} == {total}
+    steps = [done - before for (before, _), (done, _) in itertools.pairwise([(0, total), *seen])]
+    assert len(steps) > 5
+    assert all(0 < step <= 8192 for step in steps)
+    assert seen[-1] == (total, total)
 
 
 def test_models_without_generation_config_or_tokenizer_are_exported(tiny_zoo: Path, tmp_path: Path) -> None:

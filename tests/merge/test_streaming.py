@@ -6,19 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.stream import NUM_BUFFERS
 from evomerge.errors import CheckpointError, ConfigurationError
 from evomerge.merge import memory as memory_module
 from evomerge.merge import streaming
 from evomerge.merge.export import export_model
+from evomerge.merge.finite import not_finite
 from evomerge.merge.memory import Memory, is_made, spec_of
 from evomerge.merge.plan import plan_merge
-from evomerge.merge.streaming import not_finite
 from evomerge.recipe import Recipe
 
 from .models import variant
@@ -30,6 +32,10 @@ METHODS = {
     "task_arithmetic": TASK_VECTORS % "" + "merge_method: task_arithmetic\n",
     "dare_ties": TASK_VECTORS % ", density: 0.5" + "merge_method: dare_ties\n",
     "ties": TASK_VECTORS % ", density: 0.5" + "merge_method: ties\n",
+    "della": TASK_VECTORS % ", density: 0.5, epsilon: 0.1" + "merge_method: della\n",
+    "nearswap": "models: [{model: $one}, {model: $base}]\nbase_model: $base\nparameters: {t: 0.01}\n"
+    "merge_method: nearswap\n",
+    "sce": "models: [{model: $one}, {model: $two}]\nbase_model: $base\nmerge_method: sce\n",
     "slerp": "models: [{model: $one}, {model: $base}]\nbase_model: $base\nparameters: {t: 0.3}\n"
     "merge_method: slerp\n",
 }
@@ -39,7 +45,7 @@ METHODS = {
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks so small that tensors of the tiny models have several."""
     monkeypatch.setattr(memory_module, "GRAIN", 64)
-    monkeypatch.setattr(streaming, "GRAIN", 64)
+    monkeypatch.setattr("evomerge.merge.finite.GRAIN", 64)
     monkeypatch.setattr(memory_module, "BUFFER_BYTES", 1024)
 
 
@@ -50,6 +56,19 @@ def test_chunks_make_the_same_tensors_as_a_merge_at_once(
 ) -> None:
     wanted = recipe(METHODS[method], tiny_zoo)
     export_model(wanted, models(wanted), tmp_path / "out", memory_budget=budget, shard_bytes=50_000)
+    assert_same(tensors(tmp_path / "out"), merged(wanted), exact=True)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_native_tensors_and_others_may_alternate(tiny_zoo: Path, tmp_path: Path) -> None:
+    def widen(state: dict[str, torch.Tensor]) -> None:
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.3.input_layernorm.weight"):
+            state[name] = state[name].half()
+
+    for name in ("one", "two"):
+        variant(tiny_zoo / name, tmp_path / name, change=widen)
+    wanted = recipe(METHODS["linear"] + "out_dtype: bfloat16\n", tmp_path)
+    export_model(wanted, models(wanted), tmp_path / "out", shard_bytes=30_000)
     assert_same(tensors(tmp_path / "out"), merged(wanted), exact=True)
 
 
@@ -105,7 +124,7 @@ def test_a_tensor_that_needs_more_is_named_before_anything_is_written(
 
     monkeypatch.setattr(streaming, "prepare_tensor", lambda plan, bank: Greedy())
     monkeypatch.setattr(streaming, "write_tensors", lambda *args, **options: pytest.fail("written"))
-    wanted = recipe(METHODS["slerp"], tiny_zoo)
+    wanted = recipe(METHODS["sce"], tiny_zoo)
     sources = models(wanted)
     plans = plan_merge(wanted, sources).tensors
     small = Memory(budget=100_000, buffer_bytes=1024, held_bytes=0)
@@ -113,7 +132,7 @@ def test_a_tensor_that_needs_more_is_named_before_anything_is_written(
         streaming.check_memory(plans, sources, small, device="cpu")
     message = str(caught.value)
     assert "tensor 'lm_head.weight' needs 1000000" in message
-    assert "slerp merges it in one piece; the budget is 100000" in message
+    assert "sce merges it in one piece; the budget is 100000" in message
 
 
 def test_a_need_that_only_shows_half_way_stops_the_merge_too(
@@ -121,7 +140,7 @@ def test_a_need_that_only_shows_half_way_stops_the_merge_too(
 ) -> None:
     monkeypatch.setattr("evomerge.merge.export.check_memory", lambda *args, **options: None)
     monkeypatch.setattr(memory_module, "GRAIN", 64)
-    wanted = recipe(METHODS["linear"], tiny_zoo)
+    wanted = recipe(METHODS["nearswap"], tiny_zoo)
     with pytest.raises(
         ConfigurationError, match=r"tensor '.*' needs \d+ bytes in memory; the budget is 3000;"
     ):
@@ -218,28 +237,42 @@ def test_a_merge_of_finite_sources_that_overflows_says_so(tiny_zoo: Path) -> Non
     assert spec_of(plan, sources).dtype == "bfloat16"
 
 
-def test_sources_are_read_ahead_and_given_back(
-    tiny_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_pieces: None
-) -> None:
-    from evomerge.checkpoints.reader import Checkpoint
-
-    seen: list[tuple[str, str, int]] = []
-    for verb in ("prefetch", "release"):
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch, small_pieces: None) -> list[tuple[str, str, int]]:
+    """What is done with elements of the sources: the verb, the tensor, and the first element."""
+    found: list[tuple[str, str, int]] = []
+    for verb in ("prefetch", "read", "release"):
         real = getattr(Checkpoint, verb)
 
-        def spy(
-            self: Checkpoint, name: str, first: int = 0, count: int | None = None, *, verb=verb, real=real
-        ) -> None:
-            seen.append((verb, name, first))
-            real(self, name, first, count)
+        def spy(self: Checkpoint, name: str, first: int = 0, *rest: Any, verb=verb, real=real) -> None:
+            found.append((verb, name, first))
+            real(self, name, first, *rest)
 
         monkeypatch.setattr(Checkpoint, verb, spy)
+    return found
+
+
+def test_sources_are_read_ahead(tiny_zoo: Path, tmp_path: Path, seen: list[tuple[str, str, int]]) -> None:
     wanted = recipe(METHODS["linear"], tiny_zoo)
     export_model(wanted, models(wanted), tmp_path / "out")
-    read = [(name, first) for verb, name, first in seen if verb == "prefetch"]
-    released = {(name, first) for verb, name, first in seen if verb == "release"}
+    read = {(name, first) for verb, name, first in seen if verb == "read"}
+    ahead = {(name, first) for verb, name, first in seen if verb == "prefetch"}
     assert len({name for name, _ in read}) == 39
-    assert len(set(read)) > 39
-    assert set(read) <= released
-    for name, first in set(read):
+    assert len(read) > 39
+    assert ahead <= read
+    for name, first in ahead:
+        assert seen.index(("prefetch", name, first)) < seen.index(("read", name, first))
+
+
+def test_what_is_mapped_is_read_ahead_and_given_back(
+    tiny_zoo: Path, tmp_path: Path, seen: list[tuple[str, str, int]]
+) -> None:
+    wanted = recipe(METHODS["nearswap"], tiny_zoo)
+    export_model(wanted, models(wanted), tmp_path / "out")
+    ahead = {(name, first) for verb, name, first in seen if verb == "prefetch"}
+    released = {(name, first) for verb, name, first in seen if verb == "release"}
+    assert len({name for name, _ in ahead}) == 39
+    assert len(ahead) > 39
+    assert ahead <= released
+    for name, first in ahead:
         assert seen.index(("prefetch", name, first)) < seen.index(("release", name, first))

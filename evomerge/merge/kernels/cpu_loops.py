@@ -284,22 +284,45 @@ def combine_along(
 
 
 @compiled()
-def count_magnitudes(counts: Any, sums: Any, base: Any, source: Any) -> None:
+def count_magnitudes(table: Any, base: Any, source: Any) -> None:
     """Add the task vector source - base to a histogram of magnitudes.
 
     Sums are kept as integers, so that they do not depend on the order of the elements.
 
     Args:
-        counts: Elements per bin, int64 [NUM_BINS]; changed.
-        sums: Per bin, the sum of the bits below `BIN_SHIFT`, int64 [NUM_BINS]; changed.
+        table: Per bin, the number of elements times 2^40, plus the sum of the bits below `BIN_SHIFT`;
+            uint64 [NUM_BINS], changed. There is room for 2^24 elements.
         base: Tensor of the base.
         source: Tensor of the source.
     """
     for e in range(source.shape[0]):
         bits = _U(_bits(_F(_load(source[e]) - _load(base[e]))) & _U(0x7FFFFFFF))
-        place = bits >> _U(BIN_SHIFT)
-        counts[place] += 1
-        sums[place] += np.int64(bits & _U((1 << BIN_SHIFT) - 1))
+        table[bits >> _U(BIN_SHIFT)] += np.uint64(1 << 40) + np.uint64(bits & _U((1 << BIN_SHIFT) - 1))
+
+
+@compiled()
+def take_occupied(bins: Any, counts: Any, sums: Any, table: Any) -> Any:
+    """Move what `count_magnitudes` counted out of its table, which is zero again afterwards.
+
+    Args:
+        bins: The occupied bins, int64; written from its start.
+        counts: Elements per bin, as `bins`.
+        sums: Per bin, the sum of the bits below `BIN_SHIFT`, as `bins`.
+        table: What was counted; changed.
+
+    Returns:
+        The number of occupied bins.
+    """
+    count = 0
+    for place in range(table.shape[0]):
+        found = table[place]
+        if found != np.uint64(0):
+            bins[count] = place
+            counts[count] = np.int64(found >> np.uint64(40))
+            sums[count] = np.int64(found & np.uint64((1 << 40) - 1))
+            table[place] = 0
+            count += 1
+    return count
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})

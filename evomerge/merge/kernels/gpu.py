@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evomerge.merge.kernels import reference
-from evomerge.merge.kernels.cpu import constants, first_key
+from evomerge.merge.kernels.cpu_arrays import constants, first_key
 from evomerge.merge.kernels.reference import Elements, Operation
 from evomerge.merge.methods.base import Axis, Combination
 from evomerge.merge.methods.task_vectors import TaskVectorSum
@@ -56,7 +56,7 @@ def usable() -> bool:
     return True
 
 
-def run(operation: Operation, elements: Elements, out: Tensor) -> bool:
+def run(operation: Operation, elements: Elements[Tensor], out: Tensor) -> bool:
     """Carry out an operation; see `reference.run`, whose results it gives bit for bit."""
     import torch
 
@@ -74,7 +74,7 @@ def run(operation: Operation, elements: Elements, out: Tensor) -> bool:
         return not any(bool(flag) for flag in flags)
 
 
-def _launch(operation: Operation, elements: Elements, out: Tensor) -> Tensor:
+def _launch(operation: Operation, elements: Elements[Tensor], out: Tensor) -> Tensor:
     """Start the kernel for one run of elements; the result is not 0 once it has met one that is not finite."""
     if isinstance(operation, Combination):
         return _combine(operation, elements, out)
@@ -85,7 +85,7 @@ def _launch(operation: Operation, elements: Elements, out: Tensor) -> Tensor:
     return _sum_task_vectors(operation, elements, out)
 
 
-def _sum_task_vectors(stated: TaskVectorSum, elements: Elements, out: Tensor) -> Tensor:
+def _sum_task_vectors(stated: TaskVectorSum, elements: Elements[Tensor], out: Tensor) -> Tensor:
     from evomerge.merge.kernels import gpu_loops
 
     assert elements.base is not None
@@ -116,7 +116,7 @@ def _sum_task_vectors(stated: TaskVectorSum, elements: Elements, out: Tensor) ->
     return table[0]
 
 
-def _combine(operation: Combination, elements: Elements, out: Tensor) -> Tensor:
+def _combine(operation: Combination, elements: Elements[Tensor], out: Tensor) -> Tensor:
     import torch
 
     from evomerge.merge.kernels import gpu_loops

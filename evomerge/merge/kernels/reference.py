@@ -9,13 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from evomerge.merge.methods.base import Axis, Combination, MergeInputs
 from evomerge.merge.methods.task_vectors import TaskVectorSum, add_task_vectors
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
     from torch import Tensor
+
+Line = TypeVar("Line", "Tensor", "NDArray[Any]")
+"""Elements of one tensor, flat: in torch, or in the form that the loops for the CPU take; see `cpu_arrays`."""
 
 Operation = Combination | TaskVectorSum
 
@@ -24,7 +30,7 @@ PIECE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elements:
+class Elements(Generic[Line]):
     """A run of elements of one output tensor's inputs.
 
     Attributes:
@@ -41,16 +47,16 @@ class Elements:
     seed: int
     shape: tuple[int, ...]
     first: int
-    tensors: Sequence[Tensor]
+    tensors: Sequence[Line]
     base: int | None
-    ranks: Mapping[int, Tensor] = field(default_factory=dict)
+    ranks: Mapping[int, Line] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         """Number of elements of the run."""
-        return self.tensors[0].numel()
+        return len(self.tensors[0])
 
-    def part(self, start: int, end: int) -> Elements:
+    def part(self, start: int, end: int) -> Elements[Line]:
         """The elements start <= e < end of the run."""
         return Elements(
             name=self.name,
@@ -63,7 +69,7 @@ class Elements:
         )
 
 
-def run(operation: Operation, elements: Elements, out: Tensor) -> bool:
+def run(operation: Operation, elements: Elements[Tensor], out: Tensor) -> bool:
     """Carry out an operation on a run of elements.
 
     Args:
@@ -84,7 +90,7 @@ def run(operation: Operation, elements: Elements, out: Tensor) -> bool:
     return bool(finite)
 
 
-def _merged(operation: Operation, elements: Elements) -> Tensor:
+def _merged(operation: Operation, elements: Elements[Tensor]) -> Tensor:
     if isinstance(operation, Combination):
         return _combine(operation, elements)
     inputs = MergeInputs(
@@ -99,7 +105,7 @@ def _merged(operation: Operation, elements: Elements) -> Tensor:
     return add_task_vectors(operation, inputs, elements.ranks)
 
 
-def _combine(operation: Combination, elements: Elements) -> Tensor:
+def _combine(operation: Combination, elements: Elements[Tensor]) -> Tensor:
     """Σ_i c_i θ_i / divisor, or around the base; a coefficient for the whole, a row or a column."""
     import torch
 

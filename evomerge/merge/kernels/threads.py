@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -17,9 +18,19 @@ _local = threading.local()
 
 def num_threads() -> int:
     """How many threads a piece of work may be spread over: one if it is done by one of several already."""
-    import torch
+    if getattr(_local, "inside", False):
+        return 1
+    # A process that merges without torch should not load it to be told a number.
+    torch = sys.modules.get("torch")
+    return _usual_threads() if torch is None else int(torch.get_num_threads())
 
-    return 1 if getattr(_local, "inside", False) else torch.get_num_threads()
+
+def _usual_threads() -> int:
+    """As torch chooses: what OpenMP is told, else a thread per core that the process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if told.isdecimal() and int(told) > 0:
+        return int(told)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spread(work: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result]:
@@ -32,6 +43,18 @@ def spread(work: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result
     futures = [_pool().submit(work, part) for part in parts]
     wait(futures)
     return [future.result() for future in futures]
+
+
+def start(work: Callable[[], Result]) -> Future[Result]:
+    """Have work done by the next free thread; without several of them, at once."""
+    if num_threads() > 1:
+        return _pool().submit(work)
+    future: Future[Result] = Future()
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+    return future
 
 
 def _pool() -> ThreadPoolExecutor:

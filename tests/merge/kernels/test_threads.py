@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +14,9 @@ import pytest
 import torch
 import transformers
 
+import evomerge
 from evomerge.merge import execute
-from evomerge.merge.kernels.threads import num_threads, spread
+from evomerge.merge.kernels.threads import num_threads, spread, start
 from evomerge.merge.live import LiveModel
 from evomerge.merge.plan import plan_merge
 from tests.merge.zoo import merged, models, recipe
@@ -53,6 +57,40 @@ def test_no_work_goes_on_after_an_error() -> None:
     with pytest.raises(ValueError, match="no"):
         spread(work, range(4))
     assert sorted(finished) == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_work_that_was_started_goes_on_meanwhile() -> None:
+    gate = threading.Event()
+    first = start(lambda: gate.wait(10))
+    second = start(lambda: gate.set() or num_threads())
+    assert (first.result(), second.result()) == (True, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_of_what_was_started_comes_with_its_result(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    future = start(lambda: 1 // 0)
+    torch.set_num_threads(before)
+    with pytest.raises(ZeroDivisionError):
+        future.result()
+
+
+@pytest.mark.parametrize(("told", "expected"), [("3", 3), ("5,2", 5), ("", None), ("0", None), ("x", None)])
+def test_without_torch_there_are_as_many_threads_as_it_would_have(told: str, expected: int | None) -> None:
+    code = (
+        "import sys; from evomerge.merge.kernels.threads import num_threads; "
+        "print(num_threads(), 'torch' in sys.modules)"
+    )
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": told,
+        "PYTHONPATH": str(Path(evomerge.__file__).parents[1]),
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(expected or len(os.sched_getaffinity(0))), "False"]
 
 
 @pytest.mark.usefixtures("two_threads")

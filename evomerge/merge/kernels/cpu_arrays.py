@@ -1,0 +1,273 @@
+"""Runs operations on flat arrays on the CPU, on several threads; the loops themselves are in `cpu_loops`.
+
+Arrays have the form that the loops take: bfloat16 as uint16, or float32. Nothing here needs torch, whose import takes
+longer than many a merge; tensors come by `cpu`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evomerge.merge.counter_hash import keys
+from evomerge.merge.histogram import NUM_BINS, Band, Cut, Histogram
+from evomerge.merge.kernels import reference
+from evomerge.merge.kernels.reference import Elements, Operation
+from evomerge.merge.kernels.threads import num_threads, spread
+from evomerge.merge.methods.base import Axis, Combination
+from evomerge.merge.methods.task_vectors import Random, Ranked, TaskVectorSum, Term, ranked_line
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from evomerge.merge.kernels.reference import Line
+
+PIECE = 1 << 16
+"""Elements that threads share a tensor out by, and that are converted at once where types are mixed."""
+BLOCK = 1 << 22
+"""Elements that statistics look at before they say that they are done with them."""
+READ = 1 << 17
+"""Elements of a tensor that a thread asks for at once: those of several stay in its processor's cache."""
+_OVERFLOW = {2: 0x7F7F8000, 4: 0x7F800000}
+"""Size of the output's type -> smallest float32 pattern that is not finite in it."""
+
+Read = Callable[[int, int], "Sequence[NDArray[Any]]"]
+"""Gives the elements first <= e < end of several tensors, all in one type that the loops know.
+
+They stay as they are until the same thread asks again.
+"""
+Done = Callable[[int, int], None]
+
+_local = threading.local()
+
+
+def run(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> bool:
+    """Carry out an operation on arrays; see `reference.run`, whose results it gives bit for bit."""
+    return in_parallel(lambda part, piece: run_part(operation, part, piece), elements, out)
+
+
+def run_part(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> bool:
+    """As `run`, on this thread."""
+    count, limit = elements.count, _OVERFLOW[out.itemsize]
+    if elements.first % 2**32 + count <= 2**32:
+        return _run_within(operation, elements, out) < limit
+    parts = _below_2_32(elements.first, count)
+    return all(_run_within(operation, elements.part(*part), out[slice(*part)]) < limit for part in parts)
+
+
+def _run_within(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
+    """A run that crosses no multiple of 2^32; returns the largest bit pattern of an absolute result."""
+    if isinstance(operation, TaskVectorSum):
+        return _sum_task_vectors(operation, elements, out)
+    if operation.axis is Axis.WHOLE:
+        return _combine(operation, elements, out)
+    return _combine_along(operation, elements, out)
+
+
+def _below_2_32(first: int, count: int) -> list[tuple[int, int]]:
+    """Cut a run where the upper half of positions changes: kernels count in 32 bits."""
+    cuts = [0, *range(2**32 - first % 2**32, count, 2**32), count]
+    return list(itertools.pairwise(cuts))
+
+
+def _sum_task_vectors(stated: TaskVectorSum, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
+    from evomerge.merge.kernels import cpu_loops
+
+    assert elements.base is not None
+    base = elements.tensors[elements.base]
+    # Without terms, one that adds nothing: kernels take no empty tuples.
+    terms = stated.terms or (Term(source=elements.base, weight=0.0),)
+    sources = tuple(elements.tensors[term.source] for term in terms)
+    # A term that keeps everything beside ranked ones has no ranks, and looks at none.
+    ranks = elements.ranks
+    anything = next(iter(ranks.values()), None)
+    ranked = tuple(ranks.get(term.source, anything) for term in terms) if ranks else None
+    c = constants(terms, seed=elements.seed, name=elements.name)
+    factors = tuple(term.factor for term in terms)
+    place = (float(stated.scale), *first_key(elements, elements.first))
+    if not stated.elect:
+        divisor = float(stated.divisor)
+        top = cpu_loops.add_terms(out, base, sources, ranked, c, factors, divisor, *place)
+    else:
+        weights = tuple(float(term.weight) for term in terms) if stated.normalize else None
+        top = cpu_loops.elect_terms(out, base, sources, ranked, c, factors, weights, *place)
+    return int(top)
+
+
+def first_key(elements: Elements[Line], first: int) -> tuple[np.uint32, np.uint32]:
+    """First key of the counter hash with the upper half of positions mixed in, and their lower half."""
+    k0, _ = keys(elements.seed, elements.name, 0)
+    return np.uint32(k0 ^ ((first >> 32) * 0x9E3779B9 & 0xFFFFFFFF)), np.uint32(first % 2**32)
+
+
+def constants(terms: Sequence[Term], *, seed: int, name: str) -> tuple[tuple[np.uint32, ...], ...]:
+    """What the kernels need to know of what each term keeps, all of one kind, told by its length.
+
+    Args:
+        terms: The terms of one sum.
+        seed: The recipe's seed.
+        name: Name of the output tensor.
+    """
+    kinds = {type(term.keep) for term in terms}
+    bands = [term.keep for term in terms if isinstance(term.keep, Band)]
+    result = []
+    for term in terms:
+        keep = term.keep
+        _, k1 = keys(seed, name, term.source)
+        values: tuple[int, ...]
+        if kinds == {type(None)}:
+            values = (0,)
+        elif bands:
+            low, high = (keep.low, keep.high) if isinstance(keep, Band) else (_NO_CUT, None)
+            values = (low.inside, low.outside, low.last)
+            if any(band.high for band in bands):
+                high = high or _NO_LIMIT
+                values += (high.inside, high.outside, high.last)
+            values += (k1,)
+        elif Ranked in kinds:
+            lowest, step = ranked_line(keep) if isinstance(keep, Ranked) else (1.0, 0.0)
+            rescaled = isinstance(keep, Ranked) and keep.rescale
+            values = (_bits(lowest), _bits(step), int(rescaled), k1, 0)
+        else:
+            values = (max(0, keep.last) if isinstance(keep, Random) else 2**32 - 1, k1)
+        result.append(tuple(map(np.uint32, values)))
+    return tuple(result)
+
+
+_NO_CUT = Cut(inside=0, outside=0, last=0)
+_NO_LIMIT = Cut(inside=1 << 31, outside=1 << 31, last=0)
+
+
+def _bits(number: float) -> int:
+    return int(np.float32(number).view(np.uint32))
+
+
+def _combine(operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
+    from evomerge.merge.kernels import cpu_loops
+
+    c: tuple[float, ...] = tuple(operation.coefficients.tolist())
+    divisor, tensors = float(operation.divisor), elements.tensors
+    if not operation.around_base:
+        return int(cpu_loops.combine(out, tuple(tensors), c, divisor))
+    assert elements.base is not None
+    others = [index for index in range(len(tensors)) if index != elements.base]
+    sources, factors = tuple(tensors[i] for i in others), tuple(c[i] for i in others)
+    every = ((np.uint32(0),),) * len(others)
+    place = (1.0, np.uint32(0), np.uint32(0))
+    base = tensors[elements.base]
+    return int(cpu_loops.add_terms(out, base, sources, None, every, factors, divisor, *place))
+
+
+def _combine_along(operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
+    """A coefficient per row or column."""
+    from evomerge.merge.kernels import cpu_loops
+
+    by_row = operation.axis is Axis.ROWS
+    length = reference.num_columns(elements.shape, operation.axis)
+    with np.errstate(over="ignore"):
+        c = operation.coefficients.astype(np.float32)
+    tensors = elements.tensors
+    base = tensors[elements.base] if operation.around_base and elements.base is not None else None
+    others = [i for i in range(len(tensors)) if base is None or i != elements.base]
+    sources, chosen = tuple(tensors[i] for i in others), np.ascontiguousarray(c[:, others])
+    divisor = float(operation.divisor)
+    return int(cpu_loops.combine_along(out, base, sources, chosen, divisor, elements.first, length, by_row))
+
+
+def in_parallel(work: Callable[[Elements[Line], Line], bool], elements: Elements[Line], out: Line) -> bool:
+    """Share a run out among the threads; a small one is done at once."""
+    parts = _parts(elements.count)
+    if len(parts) == 1:
+        return work(elements, out)
+    return all(spread(lambda part: work(elements.part(*part), out[slice(*part)]), parts))
+
+
+def _parts(count: int) -> list[tuple[int, int]]:
+    size = -(-count // num_threads())
+    size = max(PIECE, -(-size // PIECE) * PIECE)
+    return [(start, min(start + size, count)) for start in range(0, count, size)] or [(0, 0)]
+
+
+def histogram(read: Read, count: int, *, piece: int = READ, done: Done | None = None) -> Histogram:
+    """Histogram of the task vector of a source; see `Histogram.of`.
+
+    Args:
+        read: Gives base and source.
+        count: Number of elements.
+        piece: How many a thread asks for at once.
+        done: Called with the position and number of elements that are not looked at again.
+    """
+    from evomerge.merge.kernels import cpu_loops
+
+    def counted(part: tuple[int, int]) -> NDArray[np.int64]:  # bins, counts and sums
+        table = _table()
+        for start in range(*part, piece):
+            base, source = read(start, min(start + piece, part[1]))
+            cpu_loops.count_magnitudes(table, base, source)
+        found = np.empty((3, NUM_BINS), np.int64)
+        return found[:, : cpu_loops.take_occupied(*found, table)].copy()
+
+    found = []
+    for first, end in _blocks(count):
+        found += spread(counted, [(first + start, first + stop) for start, stop in _parts(end - first)])
+        if done is not None:
+            done(first, end - first)
+    return Histogram.from_counts(*(found[0] if len(found) == 1 else _added(found)))
+
+
+def _table() -> NDArray[np.uint64]:
+    """The thread's own table, zero; a new one would cost as much as counting a small tensor."""
+    if not hasattr(_local, "table"):
+        _local.table = np.zeros(NUM_BINS, np.uint64)
+    table: NDArray[np.uint64] = _local.table
+    return table
+
+
+def _added(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    counts, sums = np.zeros((2, NUM_BINS), np.int64)
+    for bins, part_counts, part_sums in parts:
+        counts[bins] += part_counts
+        sums[bins] += part_sums
+    bins = np.flatnonzero(counts)
+    return np.stack([bins, counts[bins], sums[bins]])
+
+
+def gram(
+    read: Read, count: int, *, number: int, around_base: bool, done: Done | None = None
+) -> NDArray[np.float64]:
+    """Inner products of N tensors, or of their differences from a base, float64 [N, N].
+
+    Products are summed by pieces that start at multiples of `PIECE`, so that the number of threads does not
+    change the result.
+
+    Args:
+        read: Gives the tensors, the base behind them if there is one.
+        count: Number of elements of each.
+        number: N.
+        around_base: Whether there is a base.
+        done: As for `histogram`.
+    """
+    from evomerge.merge.kernels import cpu_loops
+
+    total = np.zeros((number, number))
+    for first, end in _blocks(count):
+        pieces = np.zeros((max(1, -(-(end - first) // PIECE)), *total.shape))
+
+        def multiply(part: tuple[int, int], first: int = first, pieces: NDArray[np.float64] = pieces) -> None:
+            for start in range(*part, PIECE):
+                arrays = tuple(read(first + start, first + min(start + PIECE, part[1])))
+                cpu_loops.dots(pieces[start // PIECE], arrays[:number], arrays[-1] if around_base else None)
+
+        spread(multiply, _parts(end - first))
+        total += pieces.sum(axis=0)
+        if done is not None:
+            done(first, end - first)
+    return total
+
+
+def _blocks(count: int) -> list[tuple[int, int]]:
+    return [(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)] or [(0, 0)]
