@@ -111,9 +111,9 @@ class GenerationalSearcher(ABC):
         """Take in the checked fitness of the points last proposed."""
 
 
-def default_population(num_dimensions: int) -> int:
-    """Return 4 + floor(3 ln n), equation 48 of the CMA-ES tutorial, for n dimensions to search."""
-    return 4 + math.floor(3 * math.log(max(num_dimensions, 1)))
+def default_population(num_coordinates: int) -> int:
+    """Return 4 + floor(3 ln n), equation 48 of the CMA-ES tutorial, for n coordinates of the unit cube."""
+    return 4 + math.floor(3 * math.log(max(num_coordinates, 1)))
 
 
 def ranks(fitnesses: Sequence[float | None]) -> list[int]:

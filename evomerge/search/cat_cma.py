@@ -10,13 +10,18 @@ What is decided here:
 
 - Numbers are searched in the unit cube, integers among the middles of their bins, so that all steps are
   fractions of a range. Beyond a bound numbers are clipped and penalised, so that many lie exactly on it.
-- An integer of two values is searched as a choice, as the package advises.
-- The start is the mean of numbers. The starting choice has a quarter of the probability to itself, and the rest is
-  shared by all choices alike.
-- The package is told places, 0 for the best, never fitness, and a generation of equals is not told: both
-  as in `cma_es.py`, for the same reasons.
+- An integer of two values is searched as a choice, as the package advises. One of more than a thousand is
+  searched as a continuous number, which the cube rounds: to it a single bin is no obstacle.
+- The starting values are the mean of the numbers. The starting choice has a quarter of the probability to
+  itself, and all choices share the rest alike: a start is worth more than chance, and a wrong one is left
+  soon.
+- The package is told places, 0 for the best, never fitness, and a generation of equals is not told, both
+  as in `cma_es.py`. Telling equals would narrow the probabilities by chance as well.
+- Numbers inside the package that drift without end are held back, see `CatCma._restrain`. They are private
+  to it, hence the upper bound on its version.
 
-The genomes depend in their last bits on the linear algebra below numpy, as those of `cma_es.py` do.
+The genomes depend on the linear algebra below numpy and on whether scipy is installed: on another kind of
+processor, or with another number of BLAS threads in about a hundred dimensions and more, a replay may differ.
 
 Source: Ryoki Hamano, Masahiro Nomura, Shota Saito, Kento Uchida and Shinichi Shirakawa, "CatCMA with Margin:
 Stochastic Optimization for Continuous, Integer, and Categorical Variables", 2025,
@@ -39,6 +44,9 @@ from evomerge.search.units import Part
 START_SHARE = 0.25
 """Share of the probability that goes to the starting choice alone; the rest goes to all choices alike."""
 
+MOST_VALUES = 1000
+"""Most values of an integer that is searched as one; the package keeps a table of them."""
+
 EIGENVALUE_FLOOR = 1e-14
 """Smallest eigenvalue of the covariance, as a share of the largest."""
 
@@ -49,8 +57,8 @@ class CatCmaOptions(SearcherOptions):
     population: int | None = Field(
         default=None,
         ge=4,
-        description="Genomes per generation; null for 4 + floor(3 ln n) with n coordinates: one per number, "
-        "one per name of a choice.",
+        description="Genomes per generation; null for 4 + floor(3 ln n) with n dimensions to search, "
+        "a choice counting once per name.",
     )
     sigma: float = Field(
         default=1 / 6,
@@ -77,30 +85,21 @@ class CatCma(GenerationalSearcher):
         super().__init__(dimensions, options.population)
         generator = numpy.random.PCG64(seed)
         parts = self.cube.parts
-        self._choices = [
-            part for part in parts if part.dimension.kind is not Kind.CONTINUOUS and _as_choice(part)
-        ]
-        self._integers = [
-            part for part in parts if part.dimension.kind is Kind.INTEGER and not _as_choice(part)
-        ]
-        self._continuous = [part for part in parts if part.dimension.kind is Kind.CONTINUOUS]
+        self._continuous = [part for part in parts if _searched_as(part) is Kind.CONTINUOUS]
+        self._integers = [part for part in parts if _searched_as(part) is Kind.INTEGER]
+        self._choices = [part for part in parts if _searched_as(part) is Kind.CATEGORICAL]
         self._solutions: list[Any] = []
         self._strategy: Any = None  # all dimensions are constant
         if not parts:
             return
 
-        # A number alone gets a companion that the fitness ignores, as in `cma_es.py`: in one dimension the
-        # covariance repeats the step size, and in a long search without progress it shrinks to 0.
-        companion = [0.5] if len(self._continuous) + len(self._integers) == 1 else []
-        mean = [part.start[0] for part in self._continuous]
-        mean += companion
-        mean += [part.start[0] for part in self._integers]
+        mean = [part.start[0] for part in (*self._continuous, *self._integers)]
         # The package loads scipy.stats where that is installed, which adds warning filters of its own.
         with warnings.catch_warnings():
             from cmaes import CatCMAwM
 
             self._strategy = CatCMAwM(
-                x_space=[(0.0, 1.0)] * (len(self._continuous) + len(companion)) or None,
+                x_space=[(0.0, 1.0)] * len(self._continuous) or None,
                 z_space=[
                     [part.bin_centre(position) for position in range(part.num_values)]
                     for part in self._integers
@@ -167,8 +166,13 @@ class CatCma(GenerationalSearcher):
             strategy._Delta = max(strategy._Delta, float(strategy._param_sum) ** -0.5)
 
 
-def _as_choice(part: Part) -> bool:
-    return part.dimension.kind is Kind.CATEGORICAL or part.num_values == 2
+def _searched_as(part: Part) -> Kind:
+    kind = part.dimension.kind
+    if kind is not Kind.INTEGER:
+        return kind
+    if part.num_values == 2:
+        return Kind.CATEGORICAL
+    return Kind.INTEGER if part.num_values <= MOST_VALUES else Kind.CONTINUOUS
 
 
 def _starting_probabilities(choices: Sequence[Part]) -> Any:

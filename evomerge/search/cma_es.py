@@ -44,7 +44,8 @@ class CmaEsOptions(SearcherOptions):
     population: int | None = Field(
         default=None,
         ge=4,
-        description="Genomes per generation; null for 4 + floor(3 ln n) with n dimensions to search.",
+        description="Genomes per generation; null for 4 + floor(3 ln n) with n dimensions to search, "
+        "a choice counting once per name.",
     )
     sigma: float = Field(
         default=1 / 6,

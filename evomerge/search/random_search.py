@@ -1,7 +1,7 @@
 """Random search: every genome is drawn uniformly from the unit cube, whatever the fitness.
 
 The baseline a searcher has to beat at the same number of evaluations. Log dimensions are drawn
-log-uniformly; the start of a dimension plays no part.
+log-uniformly, all whole numbers and all choices are equally likely; the start of a dimension plays no part.
 
 Source: James Bergstra and Yoshua Bengio, "Random Search for Hyper-Parameter Optimization", 2012,
 https://www.jmlr.org/papers/v13/bergstra12a.html
@@ -24,7 +24,8 @@ class RandomOptions(SearcherOptions):
     population: int | None = Field(
         default=None,
         ge=1,
-        description="Genomes per generation; null for 4 + floor(3 ln n) with n dimensions to search.",
+        description="Genomes per generation; null for 4 + floor(3 ln n) with n dimensions to search, "
+        "a choice counting once per name.",
     )
 
 

@@ -1,7 +1,9 @@
 import math
+import random
 from collections import Counter
 from statistics import mean, pstdev
 
+import numpy
 import pytest
 
 from evomerge.records import Dimension, Kind
@@ -128,13 +130,28 @@ def test_a_log_dimension_is_searched_by_ratios():
     assert found == pytest.approx((3e-5, 2e3), rel=1e-4)
 
 
-@pytest.mark.parametrize("dimension", [*unit(1), *integers(1, 0.0, 100.0, 50.0), *integers(1, 0.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "dimension",
+    [
+        *unit(1),
+        *integers(1, 0.0, 1.0, 0.0),
+        *integers(1, 0.0, 100.0, 50.0),
+        *integers(1, -1e6, 1e6, 7.0),
+    ],
+    ids=lambda d: f"{d.kind} to {d.high:g}",
+)
 def test_one_number_beside_constants_is_searched(dimension):
     constant = Dimension(name="fixed", low=2.0, high=2.0, start=2.0)
     target = 0.37 if dimension.kind is Kind.CONTINUOUS else dimension.high
     searcher = CatCma([constant, dimension, constant], 1, CatCmaOptions())
     found = best_of(searcher, 60, lambda genome: abs(genome[1] - target))
     assert found == (2.0, pytest.approx(target, abs=1e-5), 2.0)
+
+
+def test_integers_are_searched_by_their_number_of_values():
+    dimensions = [*integers(2, 0.0, 1.0, 0.0), *integers(3, 0.0, 999.0, 0.0), *integers(4, 0.0, 1000.0, 0.0)]
+    strategy = CatCma(dimensions, 1, CatCmaOptions())._strategy
+    assert (strategy.n_categorical, strategy.n_integer, strategy.n_continuous) == (2, 3, 4)
 
 
 def test_the_first_generation_surrounds_the_start():
@@ -221,6 +238,39 @@ def test_steps_never_grow_beyond_a_third_of_the_range():
             strategy._sigma * strategy._A[i] * math.sqrt(strategy._C[i, i]) for i in range(len(dimensions))
         ]
         assert max(deviations) <= 1 / 3 + 1e-12
+
+
+def test_the_covariance_keeps_its_size_without_changing_what_is_proposed(monkeypatch):
+    dimensions = [*unit(3), *integers(1, 0.0, 20.0, 9.0), *choices(2, 3)]
+    chance = random.Random(1)
+    searcher = CatCma(dimensions, 3, CatCmaOptions())
+    seen = []
+    for _ in range(60):
+        seen += searcher.ask()
+        searcher.tell([chance.random() for _ in range(searcher.population)])
+        variances = numpy.linalg.eigvalsh(searcher._strategy._C)
+        assert variances.max() == pytest.approx(1, abs=1e-12)
+        assert variances.min() > 1e-15
+
+    monkeypatch.setattr(CatCma, "_restrain", lambda self: None)
+    chance = random.Random(1)
+    drifting = CatCma(dimensions, 3, CatCmaOptions())
+    for first in range(0, 20 * drifting.population, drifting.population):
+        for genome, other in zip(drifting.ask(), seen[first:], strict=False):
+            assert genome == pytest.approx(other, abs=1e-9)
+        drifting.tell([chance.random() for _ in range(drifting.population)])
+    assert abs(numpy.linalg.eigvalsh(drifting._strategy._C).max() - 1) > 0.05
+
+
+def test_the_accuracy_of_probabilities_stays_where_their_cumulation_is_an_average():
+    # Chance alone agrees with itself for a while now and then; unchecked, this search ends in numbers that are
+    # not finite.
+    searcher = CatCma(choices(2, 2), 0, CatCmaOptions(population=6))
+    chance = random.Random(1)
+    for _ in range(300):
+        genomes = searcher.ask()
+        searcher.tell([chance.random() for _ in genomes])
+        assert 1 / (searcher._strategy._Delta * math.sqrt(2)) <= 1 + 1e-12
 
 
 def test_only_the_order_of_fitness_counts():
