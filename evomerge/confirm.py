@@ -8,16 +8,18 @@ the noise floor: differences between models that are no larger mean nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.objectives import fitness
+from evomerge.fitness.constraints import judge
+from evomerge.fitness.ranking import merit
 from evomerge.loop import Run
 from evomerge.race import joined, mean_metrics
-from evomerge.records import Status, Trial
+from evomerge.records import Final, Metrics, Status, Trial
 from evomerge.rivals import Entry, score_entries
-from evomerge.stages import Stage, best_trial, decoded
+from evomerge.stages import WINNER, Stage, best_trial, decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +29,22 @@ class Confirmed:
     Attributes:
         trial: Its trial.
         fitness: Its fitness on all search documents, the second time.
+        metrics: Its metrics, the second time.
+        violated: Sum of its relative violations of constraints, the second time.
         noise: How far that is from the first time, or None if the first time was not on all of them.
     """
 
     trial: Trial
     fitness: float
+    metrics: Metrics
+    violated: float
     noise: float | None
 
 
 def confirm(
     run: Run, stages: Sequence[Stage], documents: Sequence[DocumentSet], *, count: int
 ) -> list[Confirmed]:
-    """Score the best candidates of a run again; what is recorded is not scored again.
+    """Score the best candidates of a run again and name the winner; what is recorded is not scored again.
 
     Args:
         run: The run whose last search is over.
@@ -71,11 +77,27 @@ def confirm(
         if any(final.status is not Status.OK for final in parts):
             continue
         samples = joined([run.run_dir.read_scores(final.scores) for final in parts])
-        second = fitness(mean_metrics(samples), run.objectives)
+        metrics = mean_metrics(samples)
+        judgement = judge(metrics, run.objectives, run.constraints)
+        second, violated = judgement.fitness, math.fsum(judgement.violations.values())
         first = trial.fitness if trial.status is Status.OK else None
         noise = None if first is None else abs(second - first)
-        found.append(Confirmed(trial=trial, fitness=second, noise=noise))
-    return sorted(found, key=lambda each: (-each.fitness, each.trial.number))
+        found.append(Confirmed(trial=trial, fitness=second, metrics=metrics, violated=violated, noise=noise))
+    ranked = sorted(found, key=lambda each: (each.violated, -each.fitness, each.trial.number))
+    named = any(final.name == WINNER and final.stage == "confirm" for final in run.journal.finals)
+    if ranked and not named:
+        best = ranked[0]
+        run.journal.append(
+            Final(
+                name=WINNER,
+                stage="confirm",
+                candidate=best.trial.candidate,
+                recipe=decoded(best.trial, stages, run.journal.trials).recipe.to_dict(),
+                status=Status.OK,
+                metrics=best.metrics,
+            )
+        )
+    return ranked
 
 
 def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
@@ -84,7 +106,8 @@ def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
     assert whole is not None, "a search without a valid candidate ends with an error"
     scored = sorted(
         (trial for trial in trials if trial.fitness is not None),
-        key=lambda trial: (-(trial.fitness or 0.0), trial.number),
+        key=lambda trial: (*merit(trial), -trial.number),
+        reverse=True,
     )
     first: dict[str, Trial] = {}
     for trial in (whole, *scored):

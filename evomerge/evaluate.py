@@ -15,7 +15,8 @@ from evomerge.checkpoints.reference import ModelReference, resolve
 from evomerge.errors import ConfigurationError, EvomergeError
 from evomerge.experiment import EvaluationSettings
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.harness import TaskLibrary, split_documents
+from evomerge.fitness.documents import split_documents
+from evomerge.fitness.harness import TaskLibrary
 from evomerge.merge.export import export_model
 from evomerge.merge.load import load_recipe
 from evomerge.prepare import torch_device

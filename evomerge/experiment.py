@@ -119,7 +119,7 @@ class RacingSettings(StrictRecord):
         0.6,
         0.8,
     ]
-    error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.25
 
     @model_validator(mode="after")
     def _check_blocks(self) -> RacingSettings:
@@ -242,11 +242,13 @@ class StageSettings(StrictRecord):
 
     Attributes:
         name: Names its winner, which the next stage has as its first source model.
+        models: Which of the experiment's models it has as sources; all of them by default.
         search_space: A search space file, or its contents.
         search: How to search.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    models: Annotated[list[str], Field(min_length=1)] | None = None
     search_space: str | dict[str, Any]
     search: SearchSettings
 
@@ -292,6 +294,13 @@ class Experiment(StrictRecord):
             taken = sorted(set(names) & set(self.all_models))
             if taken:
                 raise ValueError(f"stages: {', '.join(taken)} is the name of a model already")
+            for stage in self.stages:
+                unknown = [model for model in stage.models or [] if model not in self.models]
+                if unknown:
+                    known = ", ".join(self.models)
+                    raise ValueError(
+                        f"stages: {stage.name}: {unknown[0]} is none of the experiment's models ({known})"
+                    )
         else:
             for key in ("search_space", "search"):
                 if getattr(self, key) is None:

@@ -15,7 +15,6 @@ from evomerge.fitness.objectives import fitness
 from evomerge.loop import Run
 from evomerge.merge.export import export_model
 from evomerge.prepare import PreparedRun
-from evomerge.report.holdout import WINNER
 from evomerge.report.path_map import write_path_map
 from evomerge.rivals import (
     UNIFORM,
@@ -26,7 +25,7 @@ from evomerge.rivals import (
     source_entries,
     uniform_average,
 )
-from evomerge.stages import Decoded
+from evomerge.stages import WINNER, Decoded
 
 
 def finish(run: Run, prepared: PreparedRun, winner: Decoded) -> None:
@@ -76,7 +75,7 @@ def _winner_checkpoint(run: Run, prepared: PreparedRun, winner: Decoded) -> Iter
     """The winner's checkpoint: kept in `best/model` when asked for, else for the time of its scoring."""
     keep = prepared.experiment.finish.export_model
     folder = run.run_dir.best_model if keep else run.run_dir.path / "best" / "model-for-holdout"
-    is_scored = any(final.name == WINNER for final in run.journal.finals)
+    is_scored = any(final.name == WINNER and final.stage == "holdout" for final in run.journal.finals)
     try:
         if not folder.exists() and (keep or not is_scored):
             run.observer.phase("writing the winner's checkpoint")

@@ -17,21 +17,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from evomerge.checkpoints.durable import write_atomic
 from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStoppedError
+from evomerge.experiment import ScreenSettings
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.objectives import Objective, fitness
+from evomerge.fitness.constraints import Constraint, violations
+from evomerge.fitness.objectives import Objective
+from evomerge.fitness.ranking import told
 from evomerge.journal import Journal
 from evomerge.merge.card import recipes_text
-from evomerge.race import Course, Finish, Race
+from evomerge.race import Course, Finish
 from evomerge.recipe import Recipe
 from evomerge.records import Dimension, Genome, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
-from evomerge.stages import Stage, best_trial
+from evomerge.scoring import Scorer
+from evomerge.stages import Stage, best_trial, named_winner
 from evomerge.versions import library_versions
 from evomerge.workers.base import Job, WorkerPool
 
@@ -89,6 +93,7 @@ class Run:
         journal: Its journal, open for appending.
         stage: The search.
         objectives: What the fitness is made of.
+        constraints: What a candidate must hold to win.
         documents: What candidates are scored on.
         evaluations: Number of candidates of all stages.
         merges: The winners of the stages before this one, by the names under which recipes use them.
@@ -98,6 +103,7 @@ class Run:
 
     Attributes:
         course: What candidates race over; None to score all of them on all documents.
+        screen: How candidates are screened; None to score all of them.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class Run:
         journal: Journal,
         stage: Stage,
         objectives: Sequence[Objective],
+        constraints: Sequence[Constraint] = (),
         documents: Sequence[DocumentSet],
         evaluations: int,
         merges: Sequence[Recipe] = (),
@@ -118,7 +125,9 @@ class Run:
         self.journal = journal
         self.stage = stage
         self.objectives = tuple(objectives)
+        self.constraints = tuple(constraints)
         self.course: Course | None = None
+        self.screen: ScreenSettings | None = None
         self.merges = tuple(merges)
         self.pool = pool
         self.observer = observer
@@ -159,7 +168,7 @@ class Run:
             number += len(genomes)
             generation += 1
             if is_complete:
-                searcher.tell([trial.fitness for trial in trials])
+                searcher.tell(told(trials))
         best = self.best
         assert best is not None
         return best
@@ -181,7 +190,16 @@ class Run:
             if trial.number < first and trial.status in (Status.OK, Status.INVALID)
         }
         new = {n: recipe for n, recipe in recipes.items() if known.setdefault(recipe.hash, n) == n}
-        for number, done in self._finished(new, len(genomes)):
+        scorer = Scorer(
+            documents=self._documents,
+            objectives=self.objectives,
+            course=self.course,
+            screen=self.screen,
+            run_dir=self.run_dir,
+            journal=self.journal,
+            evaluate=self.outcomes,
+        )
+        for number, done in scorer.score(new, max(1, len(genomes) // 2)):
             self._record(
                 self._trial(number, genomes[number - first], recipes[number], done, first), generation
             )
@@ -200,20 +218,6 @@ class Run:
         done = len(self.journal.trials)
         self.observer.trial(trial, done=done, total=self._evaluations, generation=generation, best=best)
 
-    def _finished(self, recipes: Mapping[int, Recipe], population: int) -> Iterator[tuple[int, Finish]]:
-        """Score the candidates that are not recorded, on all documents or in a race for the better half."""
-        missing = {n: recipe for n, recipe in recipes.items() if n not in self.journal.trials_by_number}
-        if self.course is not None and missing:
-            # Those that are recorded race again, over recorded scores, so that the others meet the same rivals.
-            race = Race(self.course, self.objectives, self.run_dir, self.journal, self.outcomes)
-            finished = race.score(recipes, max(1, population // 2))
-            yield from ((number, finished[number]) for number in missing)
-            return
-        jobs = [Job(number=n, documents=self._documents, recipe=recipe) for n, recipe in missing.items()]
-        for number, outcome in self.outcomes(jobs):
-            is_ok = outcome.status is Status.OK
-            yield number, Finish(outcome, fitness(outcome.metrics, self.objectives) if is_ok else None)
-
     def _trial(self, number: int, genome: Genome, recipe: Recipe, done: Finish, asked_after: int) -> Trial:
         outcome = done.outcome
         return Trial(
@@ -229,6 +233,8 @@ class Run:
             seconds=outcome.seconds,
             attempts=outcome.attempts,
             counts=outcome.counts,
+            violations=violations(outcome.metrics, self.constraints) if outcome.metrics else {},
+            screen=done.screen,
         )
 
     def _check_replay(self, trial: Trial, genome: Genome) -> None:
@@ -281,16 +287,17 @@ class Run:
         self.run_dir.write_status(
             {
                 "state": state,
-                **progress(self.journal.trials, self._evaluations),
+                **progress(self.journal, self._evaluations),
                 "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 **more,
             }
         )
 
 
-def progress(trials: Sequence[Trial], total: int) -> dict[str, Any]:
-    """How far a search is, as plain values: `evaluations`, `invalid` and `best`."""
-    best = best_trial(trials)
+def progress(journal: Journal, total: int) -> dict[str, Any]:
+    """How far a run is, as plain values: `evaluations`, `invalid` and `best`, at the end the winner."""
+    trials = journal.trials
+    best = named_winner(trials, journal.finals)
     return {
         "evaluations": {"done": len(trials), "total": total},
         "invalid": sum(trial.fitness is None for trial in trials),

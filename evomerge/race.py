@@ -60,10 +60,12 @@ class Finish:
         outcome: Its outcome on the documents it was scored on; `pruned` if a race
             stopped it before the last block.
         fitness: What the searcher is told, or None unless it was scored.
+        screen: What it reached in the screening, if there was one.
     """
 
     outcome: Outcome
     fitness: float | None
+    screen: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -144,22 +146,9 @@ class Race:
             for number, runner in by_number.items()
         ]
         for number, outcome in self._evaluate(jobs):
-            runner, is_ok = by_number[number], outcome.status is Status.OK
-            block = Block(
-                trial=number,
-                block=index,
-                candidate=runner.recipe.hash,
-                status=outcome.status,
-                reason=outcome.reason,
-                scores=self._run_dir.write_scores(f"{number}-block-{index}", outcome.samples)
-                if is_ok
-                else "",
-                seconds=outcome.seconds,
-                attempts=outcome.attempts,
-                counts=outcome.counts,
-            )
-            self._journal.append(block)
-            self._take(runner, self._journal.blocks[number, index], outcome.samples)
+            runner = by_number[number]
+            block = record_block(self._journal, self._run_dir, number, index, runner.recipe.hash, outcome)
+            self._take(runner, block, outcome.samples)
 
     def _take(self, runner: _Runner, block: Block, samples: Samples) -> None:
         runner.blocks.append(block)
@@ -185,6 +174,28 @@ class Race:
                 runner.reason, runner.out = chance, True
             elif standing.among_best > 1 - rate and standing.best < rate / 2:
                 runner.reason = f"{chance}, {standing.best:.2f} to be the best"
+
+
+def record_block(
+    journal: Journal, run_dir: RunDir, number: int, index: int, candidate: str, outcome: Outcome
+) -> Block:
+    """Record how a trial came out on a block; return the block as it is recorded."""
+    is_ok = outcome.status is Status.OK
+    journal.append(
+        Block(
+            trial=number,
+            block=index,
+            candidate=candidate,
+            status=outcome.status,
+            reason=outcome.reason,
+            metrics=outcome.metrics,
+            scores=run_dir.write_scores(f"{number}-block-{index}", outcome.samples) if is_ok else "",
+            seconds=outcome.seconds,
+            attempts=outcome.attempts,
+            counts=outcome.counts,
+        )
+    )
+    return journal.blocks[number, index]
 
 
 def joined(parts: Sequence[Samples]) -> Samples:

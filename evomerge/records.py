@@ -139,9 +139,10 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The evaluation of a trial on one block of documents, where candidates race.
+    """The evaluation of a trial on one block of documents, where candidates race, or its screening.
 
-    Unique by `trial` and `block`, its position from 0; the other fields mean what they mean in `Trial`.
+    Unique by `trial` and `block`, its position from 0, or -1 for a screening, which keeps its metrics; the other
+    fields mean what they mean in `Trial`.
     """
 
     trial: int
@@ -149,6 +150,7 @@ class Block:
     candidate: str
     status: Status
     reason: str = ""
+    metrics: Metrics = field(default_factory=dict)
     scores: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     attempts: int = 1

@@ -18,8 +18,8 @@ from evomerge.loop import Run
 from evomerge.prepare import PreparedRun
 from evomerge.recipe import Recipe
 from evomerge.records import Final, Outcome, Status
-from evomerge.report.holdout import WINNER
 from evomerge.spaces.base import short_names
+from evomerge.stages import WINNER
 from evomerge.workers.base import Job
 
 Documents = Literal["search", "confirm", "holdout"]

@@ -15,6 +15,7 @@ from evomerge.confirm import confirm
 from evomerge.errors import InputsChangedError, RunExistsError, RunStoppedError
 from evomerge.finish import finish
 from evomerge.fitness.blocks import difficulty, split_blocks
+from evomerge.fitness.constraints import needs_sources, with_sources
 from evomerge.fitness.stock import stock_command
 from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
@@ -202,19 +203,19 @@ def _carry_out(
         observer.phase(
             f"searching on {pool.size} worker{'s' if pool.size > 1 else ''}" if pool.size else "replaying"
         )
-        run.course = _course(run, prepared)
+        _get_ready(run, prepared)
         run.search()
         for stage in others:
             prepared = _with_winner(prepared, run)
             pool.close()
             pool = DeferredPool(partial(_start_pool, prepared, stage, folder, observer))
             run = _search(prepared, stage, folder, journal, pool, observer, stop)
-            run.course = _course(run, prepared)
+            _get_ready(run, prepared)
             observer.phase(f"searching stage {stage.name}")
             run.search()
         winner = _name_winner(run, prepared)
         finish(run, prepared, winner)
-        table = holdout_table(folder, journal.finals, prepared.objectives)
+        table = holdout_table(folder, journal.finals, run.objectives)
         run.write_status("finished", holdout=None if table is None else table.to_dict())
         state = "finished"
     except KeyboardInterrupt:
@@ -254,6 +255,7 @@ def _search(
         journal=journal,
         stage=stage,
         objectives=prepared.objectives,
+        constraints=prepared.constraints,
         documents=prepared.search_documents,
         evaluations=prepared.experiment.evaluations,
         merges=merges_before(prepared.stages, stage, journal.trials),
@@ -263,21 +265,26 @@ def _search(
     )
 
 
-def _course(run: Run, prepared: PreparedRun) -> Course | None:
-    """Order the search documents for a race, by the scores of the source models on them."""
+def _get_ready(run: Run, prepared: PreparedRun) -> None:
+    """Let a search know what the source models reach, where its objectives, constraints or races need it."""
+    run.screen = prepared.experiment.evaluation.screen
     racing = prepared.experiment.evaluation.racing
-    if racing is None:
-        return None
+    if racing is None and not needs_sources(prepared.objectives, prepared.constraints):
+        return
     run.observer.phase("scoring the source models on the search documents")
     scored = score_entries(run, source_entries(prepared), prepared.search_documents, "search")
-    samples = [run.run_dir.read_scores(final.scores) for final in scored if final.scores]
-    blocks = split_blocks(
-        prepared.search_documents,
-        racing.blocks,
-        difficulty(samples, run.objectives),
-        seed=run.journal.header.seed,
+    run.objectives, run.constraints = with_sources(
+        prepared.objectives, prepared.constraints, [final.metrics for final in scored]
     )
-    return Course(blocks=blocks, error_rate=racing.error_rate)
+    if racing is not None:
+        samples = [run.run_dir.read_scores(final.scores) for final in scored if final.scores]
+        blocks = split_blocks(
+            prepared.search_documents,
+            racing.blocks,
+            difficulty(samples, run.objectives),
+            seed=run.journal.header.seed,
+        )
+        run.course = Course(blocks=blocks, error_rate=racing.error_rate)
 
 
 def _name_winner(run: Run, prepared: PreparedRun) -> Decoded:
@@ -295,6 +302,8 @@ def _name_winner(run: Run, prepared: PreparedRun) -> Decoded:
                 f"trial {best.number}"
             )
             best = confirmed[0].trial
+        if confirmed and confirmed[0].violated:
+            run.news("no candidate holds all constraints; the winner is the one that violates them least")
         noise = [each.noise for each in confirmed if each.noise is not None]
         if noise:
             run.news(

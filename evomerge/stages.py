@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from evomerge.fitness.ranking import merit
 from evomerge.recipe import Recipe
-from evomerge.records import Status, Trial
+from evomerge.records import Final, Status, Trial
 from evomerge.search import Searcher
 from evomerge.spaces import SearchSpace
+
+WINNER = "winner"
+"""Name of the winner among the evaluations beside a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,20 @@ class Stage:
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The trial of the highest fitness among those scored on all search documents, the earliest of equals."""
+    """The best trial of those scored on all search documents, the earliest of equals.
+
+    One that violates a constraint is the best only if all do.
+    """
     valid = [trial for trial in trials if trial.status is Status.OK and trial.fitness is not None]
-    return max(valid, key=lambda trial: (trial.fitness, -trial.number), default=None)
+    return max(valid, key=lambda trial: (*merit(trial), -trial.number), default=None)
+
+
+def named_winner(trials: Sequence[Trial], finals: Sequence[Final]) -> Trial | None:
+    """The winner as it was named at the end of the search; until then, the best trial."""
+    for final in finals:
+        if final.name == WINNER and final.stage == "confirm":
+            return next(trial for trial in trials if trial.candidate == final.candidate)
+    return best_trial(trials)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,7 @@ def prepared(
             for number, search in enumerate(experiment.searches)
         ),
         objectives=OBJECTIVES,
+        constraints=(),
         search_documents=SEARCH,
         holdout_documents=HOLDOUT,
         checkpoints={
@@ -305,6 +306,11 @@ def recorded(folder: Path) -> dict[str, Any]:
     }
 
 
+def num_scored(finals: Sequence[Sequence[Any]]) -> int:
+    """How many evaluations there are beside the search; the naming of the winner is none."""
+    return sum((final[0], final[1]) != ("winner", "confirm") for final in finals)
+
+
 def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
@@ -354,7 +360,7 @@ def main(folder: Path, seed: int, *, racing: bool) -> Iterator[dict[str, Any]]:
             "codes": [killed_code, resumed_code],
             "recorded": [f"search {trial[1]}" for trial in before["trials"]],
             "recorded_blocks": before["blocks"],
-            "recorded_finals": len(before["finals"]),
+            "recorded_finals": num_scored(before["finals"]),
             "evaluated": lines(here / "resumed.log"),
             **recorded(here),
         }

@@ -107,7 +107,7 @@ def test_a_finished_run_holds_everything_it_promises(study: Study) -> None:
     found = set(finals(study.run_dir))
     confirmed = {name for name, stage in found if stage == "confirm"}
     assert f"trial {study.result.best.number}, part 0" in confirmed
-    assert len(confirmed) == 6
+    assert len(confirmed) == 7
     assert {entry for entry in found if entry[1] != "confirm"} == {
         ("task arithmetic 0.5", "search"),
         *((name, "holdout") for name in ("winner", "one", "two", "base", "uniform average")),

@@ -18,7 +18,8 @@ from evomerge.errors import ConfigurationError, TaskError
 from evomerge.experiment import EvaluationSettings
 from evomerge.fitness import maths
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.harness import HarnessEvaluator, TaskLibrary, split_documents
+from evomerge.fitness.documents import split_documents
+from evomerge.fitness.harness import HarnessEvaluator, TaskLibrary
 from evomerge.fitness.task_code import SHIPPED, content_hash
 from tests.fitness.answer_tables import ROWS
 from tests.tiny import make_model, make_tokenizer

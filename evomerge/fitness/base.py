@@ -26,12 +26,14 @@ class DocumentSet:
         doc_ids: Their positions in the task's evaluation set, ascending.
         name: The task as the objectives name it; differs from `task` for a holdout task.
         complete: Whether they are all documents of the task.
+        metrics: The (metric, filter) pairs wanted; None for those of the experiment.
     """
 
     task: str
     doc_ids: tuple[int, ...]
     name: str
     complete: bool = False
+    metrics: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class Scores:
         metrics: Task as the objectives name it -> metric -> aggregated value.
         samples: Task as the objectives name it -> per-document scores.
         forward_seconds: Time spent inside the model's forward passes.
-        counts: Tallies for the audit: `generations`, and `truncated` ones that hit the token limit.
+        counts: Tallies for the audit: `generations`, `truncated` ones that hit the token limit, and the
+            `output_tokens` of all.
     """
 
     metrics: Metrics

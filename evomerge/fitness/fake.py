@@ -46,7 +46,8 @@ class FakeEvaluator:
                     SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(document)
                 )
                 values.append(float(torch.sigmoid(direction @ signature)))
-            columns = {f"{metric},{name}": tuple(values) for metric, name in self._metrics[subset.name]}
+            wanted = subset.metrics or self._metrics[subset.name]
+            columns = {f"{metric},{name}": tuple(values) for metric, name in wanted}
             samples[subset.name] = SampleScores(doc_ids=subset.doc_ids, values=columns)
         return Scores(
             metrics={

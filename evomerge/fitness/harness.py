@@ -10,21 +10,31 @@ same.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import Fault, TaskError, nearest
-from evomerge.experiment import EvaluationSettings, ObjectiveSettings
+from evomerge.experiment import ConstraintSettings, EvaluationSettings, ObjectiveSettings
 from evomerge.fitness.base import DocumentSet, Scores
-from evomerge.fitness.objectives import Objective
+from evomerge.fitness.likelihood import LikelihoodRequest, check_references, likelihood_requests
+from evomerge.fitness.metrics import (
+    LIKELIHOOD,
+    OUTPUT_TOKENS,
+    aggregated,
+    judged,
+    mean_metrics,
+    measure,
+)
+from evomerge.fitness.objectives import BUILT_IN, Measure, Objective
+from evomerge.fitness.quiet import quiet
 from evomerge.fitness.stock import batch_size
 from evomerge.fitness.task_code import refuse_code
 from evomerge.fitness.watch import Watch
@@ -64,6 +74,7 @@ class TaskLibrary:
         self.folders: dict[str, Path] = {}
         if not allow_code:
             _sandbox_templates()
+        _remember_templates()
         for folder in include_path:
             if not folder.is_dir():
                 reason = f"no such folder: {folder}"
@@ -109,7 +120,7 @@ class TaskLibrary:
             refuse_code(name, file, trusted=_package_folder(), metrics=_known_metrics())
         try:
             # Relative data files are meant relative to the task's file; datasets resolves them against cwd.
-            with contextlib.chdir(file.parent), _quiet():
+            with contextlib.chdir(file.parent), quiet():
                 self.tasks[name] = index.load([name])["tasks"][name]
         except TaskError:
             raise
@@ -164,7 +175,7 @@ class TaskLibrary:
         elif default is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        with _quiet():
+        with quiet():
             task.build_all_requests(
                 samples=None if subset.complete else list(subset.doc_ids),
                 system_instruction=settings.system_instruction,
@@ -175,54 +186,43 @@ class TaskLibrary:
             )
         return list(task.instances)
 
+    def measure(self, task: str, settings: ObjectiveSettings | ConstraintSettings, where: str) -> Measure:
+        """Look up the metric that an entry of the experiment asks of a task; see `metrics.measure`.
+
+        Raises:
+            TaskError: The task has no such metric or filter.
+        """
+        return measure(task, self.tasks[task], settings, where)
+
+    def check_references(self, task: str, where: str) -> None:
+        """Make sure that every document of a task has a reference answer; see `likelihood.check_references`.
+
+        Raises:
+            TaskError: It has none for some document.
+        """
+        check_references(task, self.tasks[task], where)
+
     def objective(self, settings: ObjectiveSettings, position: int) -> Objective:
         """Fill in what the experiment left to the task, for the objective at `position`.
 
         Raises:
             TaskError: The task has no such metric or filter.
         """
-        task = self.tasks[settings.task]
-        metrics = list(task.aggregation())
-        filters = [str(pipeline.name) for pipeline in task._filters]
-        where = f"objectives.{position}"
-        if settings.metric not in metrics:
-            reason = f"the task {settings.task} has no metric {settings.metric!r}"
-            reason += f"{nearest(settings.metric, metrics)}; it has {', '.join(metrics)}"
-            raise TaskError(Fault(path=f"{where}.metric", reason=reason))
-        if settings.filter is not None and settings.filter not in filters:
-            reason = f"the task {settings.task} has no filter {settings.filter!r}"
-            reason += f"{nearest(settings.filter, filters)}; it has {', '.join(filters)}"
-            raise TaskError(Fault(path=f"{where}.filter", reason=reason))
-        means = _mean_metrics(task)
-        if settings.metric not in means:
-            reason = (
-                f"{settings.metric} is not the mean of a number per document, which comparing models needs; "
-            )
-            reason += f"{settings.task} has {', '.join(means) or 'no metric that is'}"
-            raise TaskError(Fault(path=f"{where}.metric", reason=reason))
-        direction = settings.direction
-        if direction is None:
-            direction = "maximize" if task.higher_is_better()[settings.metric] else "minimize"
-        return Objective(
-            task=settings.task,
-            metric=settings.metric,
-            filter=settings.filter or filters[0],
-            weight=settings.weight,
-            maximize=direction == "maximize",
-        )
+        found = self.measure(settings.task, settings, f"objectives.{position}")
+        return Objective(**asdict(found), weight=settings.weight, normalize=settings.normalize == "sources")
 
     def _has_examples(self, task: Any) -> bool:
         """Whether prompts may hold examples; 0 in a task file is final, and no number leaves it open."""
         return bool(task.get_config("num_fewshot") != 0)
 
     def metrics(self, name: str) -> list[tuple[str, str]]:
-        """Every (metric, filter) of a task whose metric is the mean of a number per document.
+        """Every (metric, filter) of its own of a task whose metric is the mean of a number per document.
 
         Raises:
             TaskError: It has none.
         """
         task = self.tasks[name]
-        means = _mean_metrics(task)
+        means = mean_metrics(task)
         if not means:
             found = ", ".join(task.aggregation())
             raise TaskError(
@@ -258,12 +258,25 @@ def _sandbox_templates() -> None:
         lm_eval.utils.env = sandbox
 
 
+def _remember_templates() -> None:
+    """Let lm-eval compile a template once, not once per document and candidate."""
+    import lm_eval.utils
+
+    environment = lm_eval.utils.env
+    if not hasattr(environment.from_string, "cache_info"):
+        environment.from_string = functools.lru_cache(maxsize=256)(environment.from_string)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
     """Requests of one document set: instances in request order, and grouped per document."""
 
     instances: list[Any]
     per_document: list[tuple[Any, list[Any]]]
+
+    def texts(self) -> list[list[str]]:
+        """What the model said on every document."""
+        return [[str(text) for item in group for text in item.resps] for _, group in self.per_document]
 
 
 class HarnessEvaluator:
@@ -289,6 +302,7 @@ class HarnessEvaluator:
         self._metrics = metrics
         self._settings = settings
         self._prepared: dict[DocumentSet, _Prepared] = {}
+        self._references: dict[DocumentSet, list[LikelihoodRequest]] = {}
         self._watch = Watch()
         self._lm = _wrap(model, tokenizer, settings, self._watch)
 
@@ -303,24 +317,37 @@ class HarnessEvaluator:
         metrics: dict[str, dict[str, float]] = {}
         samples: dict[str, SampleScores] = {}
         for subset in documents:
-            with _quiet(), self._watch.on(self._lm.model):
+            with quiet(), self._watch.on(self._lm.model):
                 values = self._score(subset)
-            aggregation = self._library.tasks[subset.task].aggregation()
-            metrics[subset.name] = {
-                key: float(aggregation[key.rpartition(",")[0]](list(column)))
-                for key, column in values.items()
-            }
+            metrics[subset.name] = aggregated(self._library.tasks[subset.task], values)
             samples[subset.name] = SampleScores(doc_ids=subset.doc_ids, values=values)
         return Scores(
             metrics=metrics,
             samples=samples,
             forward_seconds=self._watch.seconds,
-            counts={"generations": self._watch.generations, "truncated": self._watch.truncated},
+            counts={
+                "generations": self._watch.generations,
+                "truncated": self._watch.truncated,
+                "output_tokens": self._watch.output_tokens,
+            },
         )
 
     def _score(self, subset: DocumentSet) -> dict[str, tuple[float, ...]]:
-        task = self._library.tasks[subset.task]
-        prepared = self._prepare(subset)
+        wanted = subset.metrics or self._metrics[subset.name]
+        columns: dict[tuple[str, str], Sequence[float]] = {}
+        if LIKELIHOOD in wanted:
+            columns[LIKELIHOOD] = self._likelihoods(subset)
+        own = [pair for pair in wanted if pair[1] != BUILT_IN]
+        if own or OUTPUT_TOKENS in wanted:
+            prepared = self._prepare(subset)
+            self._respond(prepared)
+            if self._library.tasks[subset.task].OUTPUT_TYPE == "generate_until":
+                columns[OUTPUT_TOKENS] = self._lengths(prepared)
+            columns |= judged(self._library.tasks[subset.task], prepared.per_document, own)
+        return {f"{metric},{name}": tuple(columns[metric, name]) for metric, name in wanted}
+
+    def _respond(self, prepared: _Prepared) -> None:
+        """Have the model answer every request."""
         by_type: dict[str, list[Any]] = {}
         for instance in prepared.instances:
             instance.resps, instance.filtered_resps = [], {}
@@ -329,19 +356,44 @@ class HarnessEvaluator:
             responses = getattr(self._lm, request_type)(requests, disable_tqdm=True)
             for instance, response in zip(requests, responses, strict=True):
                 instance.resps.append(response)
-        for pipeline in task._filters:
-            pipeline.apply(prepared.instances)
-        wanted = self._metrics[subset.name]
-        columns: dict[str, list[float]] = {f"{metric},{name}": [] for metric, name in wanted}
-        for name in dict.fromkeys(name for _, name in wanted):
-            for document, instances in prepared.per_document:
-                found = task.process_results(document, [item.filtered_resps[name] for item in instances])
-                for metric in (metric for metric, its_filter in wanted if its_filter == name):
-                    columns[f"{metric},{name}"].append(_number(found, metric, subset.task))
-        return {key: tuple(column) for key, column in columns.items()}
+
+    def _lengths(self, prepared: _Prepared) -> list[float]:
+        """Mean number of tokens of what the model said on each document.
+
+        Counted in the text that is left when lm-eval has cut it where it ends: how far a model goes on behind
+        that depends on the others of its batch.
+        """
+        texts = prepared.texts()
+        encoded = self._lm.tokenizer([text for each in texts for text in each], add_special_tokens=False)
+        lengths = iter([len(ids) for ids in encoded["input_ids"]])
+        per_document = [[next(lengths) for _ in each] for each in texts]
+        self._watch.output_tokens += sum(map(sum, per_document))
+        return [sum(each) / len(each) for each in per_document]
+
+    def _likelihoods(self, subset: DocumentSet) -> list[float]:
+        """How likely the model finds each document's answer.
+
+        Raises:
+            TaskError: An answer is longer than the model's context.
+        """
+        key = replace(subset, metrics=None)
+        if key not in self._references:
+            chat = self._settings.apply_chat_template
+            task, documents = self._library.tasks[subset.task], self._prepare(subset).per_document
+            requests = likelihood_requests(task, documents, chat=chat)
+            for doc_id, request in zip(subset.doc_ids, requests, strict=True):
+                length = len(self._lm.tok_encode(request.instance.args[1], add_special_tokens=False))
+                if length > self._lm.max_length:
+                    reason = f"the answer has {length} tokens, the model reads {self._lm.max_length} at most"
+                    raise TaskError(Fault(path=f"{subset.task}: document {doc_id}", reason=reason))
+            self._references[key] = requests
+        requests = self._references[key]
+        answers = self._lm.loglikelihood([request.instance for request in requests], disable_tqdm=True)
+        return [request.score(logprob) for request, (logprob, _) in zip(requests, answers, strict=True)]
 
     def _prepare(self, subset: DocumentSet) -> _Prepared:
-        if subset not in self._prepared:
+        key = replace(subset, metrics=None)
+        if key not in self._prepared:
             chat = self._settings.apply_chat_template
             instances = self._library.requests(
                 subset,
@@ -354,14 +406,14 @@ class HarnessEvaluator:
                 groups.setdefault(instance.doc_id, []).append(instance)
             # lm-eval takes chosen documents in ascending order and numbers them anew, from 0.
             assert list(groups) == list(range(len(subset.doc_ids)))
-            self._prepared[subset] = _Prepared(
+            self._prepared[key] = _Prepared(
                 instances=instances,
                 per_document=[
                     (group[0].doc, sorted(group, key=lambda instance: int(instance.idx)))
                     for group in groups.values()
                 ],
             )
-        return self._prepared[subset]
+        return self._prepared[key]
 
 
 def _wrap(
@@ -373,7 +425,9 @@ def _wrap(
     """Put lm-eval's own wrapper around the live model, extended by a count of truncated generations."""
     from lm_eval.models.huggingface import HFLM
 
-    class WatchedModel(HFLM):  # type: ignore[misc]
+    from evomerge.fitness.fast_model import FastModel
+
+    class WatchedModel(FastModel, HFLM):  # type: ignore[misc]
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
             output: Tensor = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
             watch.generations += len(output)
@@ -382,7 +436,7 @@ def _wrap(
                 watch.truncated += sum(not any(end in text for end in stop) for text in texts)
             return output
 
-    with _quiet():
+    with quiet():
         return WatchedModel(
             pretrained=model,
             tokenizer=tokenizer,
@@ -390,46 +444,6 @@ def _wrap(
             max_length=settings.max_length,
             softmax_dtype=settings.softmax_dtype,
         )
-
-
-def split_documents(
-    name: str, count: int, *, holdout: float, limit: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Split a task's documents into search and holdout ones, the same way in every run.
-
-    Documents are ordered by a hash of task name and position. The holdout takes the first share of that
-    order, the search set the rest or its first `limit`.
-
-    Returns:
-        Ascending document ids of the search set and of the holdout.
-    """
-    order = sorted(
-        range(count), key=lambda index: hashlib.blake2b(f"{name}\n{index}".encode(), digest_size=8).digest()
-    )
-    num_holdout = min(count - 1, max(1, round(count * holdout))) if holdout > 0 and count > 1 else 0
-    searched = order[num_holdout:][:limit]
-    return tuple(sorted(searched)), tuple(sorted(order[:num_holdout]))
-
-
-def _mean_metrics(task: Any) -> list[str]:
-    """The task's metrics that are the mean of a number per document."""
-    return [metric for metric, aggregation in task.aggregation().items() if _is_mean(aggregation)]
-
-
-def _is_mean(aggregation: Callable[[Sequence[float]], float]) -> bool:
-    """Whether an aggregation is the mean, by what it does to an example."""
-    try:
-        return bool(math.isclose(aggregation([0.25, 0.5, 2.25]), 1.0))
-    except Exception:  # it expects pairs, or texts
-        return False
-
-
-def _number(found: Mapping[str, Any], metric: str, task: str) -> float:
-    value = found.get(metric)
-    if isinstance(value, (list, tuple, dict, str)) or value is None:
-        reason = f"does not give one number per document (got {type(value).__name__}); choose another metric"
-        raise TaskError(Fault(path=f"{task}: {metric}", reason=reason))
-    return float(value)
 
 
 def _stable(config: Any) -> Any:
@@ -442,34 +456,3 @@ def _stable(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [_stable(item) for item in config]
     return re.sub(r" at 0x[0-9a-f]+", "", config) if isinstance(config, str) else config
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's and datasets' progress bars off the terminal."""
-    import datasets
-
-    was_enabled = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        with contextlib.redirect_stderr(_Discard()), contextlib.redirect_stdout(_Discard()):
-            yield
-    finally:
-        if was_enabled:
-            datasets.enable_progress_bars()
-
-
-class _Discard:
-    """A text stream that forgets what is written to it."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        return
-
-    def close(self) -> None:
-        """Stay open: a logger made meanwhile closes it when Python ends."""
-
-    def isatty(self) -> bool:
-        return False

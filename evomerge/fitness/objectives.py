@@ -47,7 +47,7 @@ class Measure:
         """The number among all that a model reached."""
         return metrics[self.task][self.key]
 
-    def best(self, models: Sequence[Metrics]) -> float:
+    def best_of(self, models: Sequence[Metrics]) -> float:
         """The best that any of several models reached."""
         return (max if self.maximize else min)(self.of(metrics) for metrics in models)
 
@@ -180,6 +180,11 @@ def paired_test(
         high=difference + 1.96 * error,
         p_value=(extreme + 1) / (NUM_PERMUTATIONS + 1),
     )
+
+
+def column_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of one metric's scores, documents being the only source of error counted."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def document_shares(

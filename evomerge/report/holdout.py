@@ -10,8 +10,7 @@ from evomerge.fitness.constraints import Constraint, on_holdout, violations
 from evomerge.fitness.objectives import Estimate, Objective, PairedTest, column_error, estimate, paired_test
 from evomerge.records import Final, SampleScores, Status
 from evomerge.run_dir import RunDir
-
-WINNER = "winner"
+from evomerge.stages import WINNER
 
 
 @dataclass(frozen=True, kw_only=True)

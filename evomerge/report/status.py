@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evomerge.experiment import ConstraintSettings
+from evomerge.fitness.constraints import Constraint, as_constraint, source_metrics, with_sources
 from evomerge.fitness.objectives import Objective
 from evomerge.journal import Journal
 from evomerge.lock import is_locked
 from evomerge.loop import progress
+from evomerge.report.front import front_rows
 from evomerge.report.holdout import holdout_table
 from evomerge.run_dir import RunDir
 
 
 def run_status(path: Path) -> dict[str, Any]:
-    """State, progress, best trial and holdout table of a run.
+    """State, progress, best trial, front and holdout table of a run.
 
     Args:
         path: The run directory.
@@ -33,7 +36,10 @@ def run_status(path: Path) -> dict[str, Any]:
     written: dict[str, Any] = {}
     if folder.status.is_file():
         written = json.loads(folder.status.read_text(encoding="utf-8"))
-    table = holdout_table(folder, journal.finals, read_objectives(journal))
+    objectives, constraints = read_objectives(journal), read_constraints(journal)
+    if any(final.stage == "holdout" for final in journal.finals):
+        objectives, constraints = with_sources(objectives, constraints, source_metrics(journal.finals))
+    table = holdout_table(folder, journal.finals, objectives, constraints)
     # The lock comes first: a resumed run still carries the state in which it ended before.
     state = "running" if is_locked(path) else written.get("state")
     if state not in ("running", "finished", "failed", "stopped", "interrupted"):
@@ -42,7 +48,8 @@ def run_status(path: Path) -> dict[str, Any]:
         "state": state,
         "run_dir": str(path),
         "name": journal.header.settings["name"],
-        **progress(journal.trials, _evaluations(journal)),
+        **progress(journal, _evaluations(journal)),
+        "front": front_rows(journal.trials, objectives),
         "holdout": None if table is None else table.to_dict(),
     }
 
@@ -62,6 +69,15 @@ def read_objectives(journal: Journal) -> tuple[Objective, ...]:
             filter=item["filter"],
             weight=item["weight"],
             maximize=item["direction"] == "maximize",
+            normalize=item.get("normalize") == "sources",
         )
         for item in journal.header.settings["objectives"]
+    )
+
+
+def read_constraints(journal: Journal) -> tuple[Constraint, ...]:
+    """The constraints as they were resolved when the run started."""
+    return tuple(
+        as_constraint(ConstraintSettings.model_validate(item))
+        for item in journal.header.settings.get("constraints", [])
     )

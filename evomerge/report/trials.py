@@ -9,7 +9,7 @@ from evomerge.journal import Journal
 from evomerge.prepare import stages_of
 from evomerge.records import Trial
 from evomerge.run_dir import RunDir
-from evomerge.stages import Decoded, Stage, best_trial, decoded
+from evomerge.stages import Decoded, Stage, decoded, named_winner
 
 
 def choose_trial(journal: Journal, run_dir: Path, number: int | None) -> Trial:
@@ -18,12 +18,16 @@ def choose_trial(journal: Journal, run_dir: Path, number: int | None) -> Trial:
     Args:
         journal: The run's journal.
         run_dir: The run directory, for messages.
-        number: The trial's number; None for the best.
+        number: The trial's number; None for the winner, or the best so far.
 
     Raises:
         ConfigurationError: There is no such trial.
     """
-    trial = best_trial(journal.trials) if number is None else journal.trials_by_number.get(number)
+    trial = (
+        named_winner(journal.trials, journal.finals)
+        if number is None
+        else journal.trials_by_number.get(number)
+    )
     if trial is None:
         wanted = "valid trial" if number is None else f"trial {number}"
         raise ConfigurationError(f"{run_dir}: no {wanted} is recorded; {len(journal.trials)} trials are")
@@ -44,7 +48,7 @@ def decode_trial(run_dir: Path, number: int | None) -> Decoded:
 
     Args:
         run_dir: The run directory.
-        number: The trial's number; None for the best.
+        number: The trial's number; None for the winner, or the best so far.
 
     Raises:
         ConfigurationError: There is no such run or trial.

@@ -78,6 +78,37 @@ BAD_EXPERIMENTS = {
         "search_space: space.yml",
         ["experiment.yml:6", "search_space", "no such file"],
     ),
+    "a constraint on a task that does not exist": (
+        "search: {{",
+        "constraints:\n  - {{task: leters, metric: exact_match, min: 0.1}}\nsearch: {{",
+        ["experiment.yml:14", "constraints.0.task", "no such task", "did you mean 'letters'?"],
+    ),
+    "a constraint on a metric that the task does not have": (
+        "search: {{",
+        "constraints:\n  - {{task: letters, metric: exact_matc, min: 0.1}}\nsearch: {{",
+        ["experiment.yml:14", "constraints.0.metric", "did you mean 'exact_match'?"],
+    ),
+    "a constraint whose bounds exclude each other": (
+        "search: {{",
+        "constraints:\n  - {{task: letters, metric: exact_match, min: 0.9, max: 0.5}}\nsearch: {{",
+        ["experiment.yml:14", "constraints.0", "min: 0.9 is above max, 0.5"],
+    ),
+    "constraints that exclude each other": (
+        "search: {{",
+        "constraints:\n  - {{task: letters, metric: exact_match, min: 0.9}}\n"
+        "  - {{metric: exact_match, max: 0.5}}\nsearch: {{",
+        ["experiment.yml:15", "constraints.1", "letters exact_match >= 0.9", "constraints.0", "nothing can"],
+    ),
+    "a race under constraints": (
+        "evaluation:",
+        "constraints: [{{retention: 0.9}}]\nevaluation:\n  racing: {{}}",
+        ["constraints: ", "races stop candidates by their fitness alone"],
+    ),
+    "a screening by a metric that there is not": (
+        "  batch_size: 8",
+        "  batch_size: 8\n  screen: {{metric: perplexity}}",
+        ["experiment.yml:16", "evaluation.screen.metric", "likelihood"],
+    ),
     "a base model that a method needs": (
         "base_model: {zoo}/base",
         "",
@@ -224,3 +255,20 @@ def test_a_tied_model_among_untied_ones_is_named(
     result = command("validate", experiment)
     assert result.code == 2
     assert "experiment.yml:4: models.0: lm_head.weight" in result.err
+
+
+@pytest.mark.parametrize("asked", ["metric: likelihood", "metric: exact_match"])
+def test_a_document_without_an_answer_is_named_where_answers_are_needed(
+    command: Command, experiment: Path, tmp_path: Path, asked: str
+) -> None:
+    data = tmp_path / "tasks" / "letters.jsonl"
+    data.write_text(data.read_text().replace('"answer": "c"', '"answer": ""'))
+    text = experiment.read_text().replace("metric: exact_match", asked)
+    if "exact" in asked:
+        text = text.replace("  batch_size: 8", "  batch_size: 8\n  screen: {keep: 0.5}")
+    experiment.write_text(text)
+    result = command("validate", experiment)
+    assert result.code == 2
+    field = "evaluation.screen.metric" if "exact" in asked else "objectives.0.metric"
+    for part in (field, "document 2 of letters", "doc_to_target is empty"):
+        assert part in result.err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from evomerge.errors import TaskError
 from evomerge.experiment import EvaluationSettings, ObjectiveSettings
 from evomerge.fitness.base import DocumentSet, NonFiniteLogitsError, Scores
-from evomerge.fitness.harness import HarnessEvaluator, TaskLibrary, split_documents
+from evomerge.fitness.harness import HarnessEvaluator, TaskLibrary
 from tests.tasks import GENERATE, write_tasks
 
 METRICS = {
@@ -205,10 +204,14 @@ def test_cut_off_generations_are_counted(models: dict[str, Any], tokenizer: Any,
 
     texts, counts = texts_and_counts()
     stop = next(text[1] for text in texts if "\n" not in text[:2])
-    assert counts == {"generations": 8, "truncated": sum("\n" not in text for text in texts)}
+    assert counts == {
+        "generations": 8,
+        "truncated": sum("\n" not in text for text in texts),
+        "output_tokens": sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts),
+    }
     change(folder / "gen.yaml", 'until: ["\\n"]', f"until: [{stop!r}]")
     stopped, counts = texts_and_counts()
-    assert counts == {"generations": 8, "truncated": sum(stop not in text for text in texts)}
+    assert counts["truncated"] == sum(stop not in text for text in texts)
     assert 0 <= counts["truncated"] < 8
     assert stopped == [text.split(stop)[0] for text in texts]
 
@@ -311,34 +314,3 @@ def test_the_fingerprint_moves_with_whatever_moves_scores(
     assert TaskLibrary(["gen"], [elsewhere], allow_code=False).fingerprint("gen") == before
     change(elsewhere / file, old, new)
     assert TaskLibrary(["gen"], [elsewhere], allow_code=False).fingerprint("gen") != before
-
-
-# The split
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 100])
-@pytest.mark.parametrize("holdout", [0.0, 0.3, 0.99])
-def test_a_split_is_complete_disjoint_and_always_the_same(count: int, holdout: float) -> None:
-    searched, held_out = split_documents("gen", count, holdout=holdout, limit=None)
-    assert sorted(searched + held_out) == list(range(count))
-    assert list(searched) == sorted(searched)
-    assert list(held_out) == sorted(held_out)
-    assert searched
-    assert bool(held_out) == (holdout > 0 and count > 1)
-    assert (searched, held_out) == split_documents("gen", count, holdout=holdout, limit=None)
-
-
-def test_a_limit_thins_the_search_set_only_and_differs_between_tasks() -> None:
-    searched, held_out = split_documents("gen", 100, holdout=0.3, limit=None)
-    fewer, same = split_documents("gen", 100, holdout=0.3, limit=10)
-    assert len(held_out) == 30
-    assert same == held_out
-    assert len(fewer) == 10
-    assert set(fewer) < set(searched)
-    assert fewer != tuple(range(10))
-    assert split_documents("choose", 100, holdout=0.3, limit=None)[1] != held_out
-
-
-def test_the_split_is_the_one_of_earlier_versions() -> None:
-    """A resumed run of another version must not open its holdout."""
-    assert json.dumps(split_documents("gen", 10, holdout=0.3, limit=4)) == "[[0, 1, 3, 5], [2, 4, 7]]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,3 +136,17 @@ def test_labels_name_the_filter_only_where_there_is_one() -> None:
     filtered = Objective(task="t", metric="acc", filter="strict", weight=1, maximize=True)
     assert (filtered.label, filtered.key) == ("t acc,strict", "acc,strict")
     assert len({item.label for item in itertools.chain([objective()], [filtered])}) == 2
+
+
+def test_a_share_of_the_best_source_enters_the_statistics_document_by_document() -> None:
+    """With a reference r the share is 1 + (score - r) / |r|, so differences are those of score / |r|."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random(30), rng.random(30)
+    wanted = [replace(objective(), normalize=True, reference=0.25)]
+    found = estimate(samples(t_acc=a), wanted)
+    assert found.mean == pytest.approx(a.mean() / 0.25)
+    assert found.mean == pytest.approx(fitness({"t": {"acc,none": float(a.mean())}}, wanted))
+    assert found.standard_error == pytest.approx(stats.sem(a) / 0.25)
+    test = paired_test(samples(t_acc=a), samples(t_acc=b), wanted)
+    assert test.difference == pytest.approx((a - b).mean() / 0.25)
+    assert test.p_value == paired_test(samples(t_acc=a), samples(t_acc=b), [objective()]).p_value

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evomerge.cli.display import table_text
+from evomerge.fitness.constraints import Constraint
 from evomerge.fitness.objectives import Objective, estimate, paired_test
 from evomerge.records import Final, SampleScores, Status
-from evomerge.report.holdout import WINNER, HoldoutTable, holdout_table
+from evomerge.report.holdout import HoldoutTable, holdout_table
 from evomerge.run_dir import RunDir
+from evomerge.stages import WINNER
 
 OBJECTIVES = (
     Objective(task="t", metric="acc", filter="none", weight=1, maximize=True),
@@ -122,3 +125,25 @@ def test_scores_come_back_as_they_were_written(run_dir: RunDir) -> None:
     for seed in range(3):
         scores = samples(0.5, seed)
         assert run_dir.read_scores(run_dir.write_scores(f"{seed}-search", scores)) == scores
+
+
+def test_the_winner_is_held_to_its_constraints_on_the_holdout(run_dir: RunDir) -> None:
+    """The retained share is of what the sources reach there, whom their search scores make known."""
+    finals = [
+        final(run_dir, "one", 5.0, stage="search"),
+        final(run_dir, WINNER, 0.5, seed=1),
+        final(run_dir, "one", 0.9, seed=2),
+    ]
+    bounds = [
+        Constraint(task="t", metric="acc", filter="none", maximize=True, kind="retention", limit=0.9),
+        Constraint(task="u", metric="loss", filter="strict", maximize=False, kind="max", limit=0.6),
+        Constraint(task="gone", metric="acc", filter="none", maximize=True, kind="min", limit=0.6),
+    ]
+    found = holdout_table(run_dir, finals, OBJECTIVES, bounds)
+    assert found is not None
+    winner, one = (item.metrics["t"]["acc,none"] for item in finals[1:])
+    assert found.rows[0].violations == {
+        "t acc retains 0.9 of the best source": pytest.approx(1 - winner / (0.9 * one))
+    }
+    assert found.rows[1].violations == {}
+    assert "winner violates t acc retains 0.9 of the best source" in table_text(found)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import ConfigurationError
+from evomerge.fitness.constraints import Constraint
 from evomerge.fitness.objectives import Objective
 from evomerge.journal import Journal
 from evomerge.lock import RunLock, is_locked
 from evomerge.records import Header, Status, Trial
-from evomerge.report.status import read_objectives, run_status
+from evomerge.report.status import read_constraints, read_objectives, run_status
 from evomerge.report.trials import decode_trial
 from evomerge.run_dir import RunDir
 
@@ -38,6 +39,7 @@ def run_dir(tmp_path: Path) -> RunDir:
                 asked_after=0,
                 status=status,
                 fitness=fitness,
+                metrics={} if fitness is None else {"t": {"m,none": -fitness}},
             )
             journal.append(trial)
     return found
@@ -48,7 +50,10 @@ def test_progress_comes_from_the_journal(run_dir: RunDir) -> None:
     found = run_status(run_dir.path)
     assert found["evaluations"] == {"done": 3, "total": 9}
     assert found["invalid"] == 1
-    assert found["best"] == {"trial": 2, "candidate": "c2", "fitness": 0.75, "metrics": {}}
+    metrics = {"t": {"m,none": -0.75}}
+    assert found["best"] == {"trial": 2, "candidate": "c2", "fitness": 0.75, "metrics": metrics}
+    front = {"trial": 2, "candidate": "c2", "fitness": 0.75, "metrics": {"t m": -0.75}}
+    assert found["front"] == [front]
     assert found["holdout"] is None
     assert found["name"] == "tiny"
 
@@ -89,6 +94,19 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_objectives_are_read_as_they_were_resolved(run_dir: RunDir) -> None:
     expected = Objective(task="t", metric="m", filter="none", weight=2.0, maximize=False)
     assert read_objectives(Journal.load(run_dir.journal)) == (expected,)
+
+
+def test_what_constrains_and_what_is_normalised_is_read_from_the_journal(tmp_path: Path) -> None:
+    bound = {"task": "t", "metric": "m", "filter": "none", "direction": "minimize", "retention": 0.9}
+    objective = {**SETTINGS["objectives"][0], "normalize": "sources"}  # type: ignore[index,dict-item]
+    settings = {**SETTINGS, "objectives": [objective], "constraints": [bound]}
+    header = Header(experiment="e", settings=settings, inputs={}, versions={}, seed=0)
+    with Journal.create(tmp_path / "journal.jsonl", header) as journal:
+        assert read_objectives(journal)[0].normalize
+        expected = Constraint(
+            task="t", metric="m", filter="none", maximize=False, kind="retention", limit=0.9
+        )
+        assert read_constraints(journal) == (expected,)
 
 
 def test_a_trial_that_is_not_recorded_is_named(run_dir: RunDir) -> None:
