@@ -300,7 +300,7 @@ def progress(journal: Journal, total: int) -> dict[str, Any]:
     best = named_winner(trials, journal.finals)
     return {
         "evaluations": {"done": len(trials), "total": total},
-        "invalid": sum(trial.fitness is None for trial in trials),
+        "invalid": sum(trial.status in (Status.INVALID, Status.FAILED) for trial in trials),
         "best": None
         if best is None
         else {
