@@ -72,8 +72,8 @@ def check_compatible(checkpoint: Checkpoint, donor: Checkpoint, donor_name: str,
 
 
 def differing_keys(checkpoint: Checkpoint, donor: Checkpoint) -> list[str]:
-    """Config entries in which a model differs from the donor, those apart that compute nothing."""
-    keys = (set(donor.config) | set(checkpoint.config)) - KEYS_THAT_MAY_DIFFER
+    """Config entries in which a model differs from the donor, if they say how something is computed."""
+    keys = (set(donor.config) | set(checkpoint.config)) - KEYS_THAT_MAY_DIFFER - _PER_LAYER
     return sorted(key for key in keys if donor.config.get(key) != checkpoint.config.get(key))
 
 
