@@ -6,12 +6,13 @@ merged. Every evaluation is recorded in the journal, so that an interrupted end 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evomerge.fitness.objectives import fitness
+from evomerge.fitness.constraints import judge
 from evomerge.loop import Run
 from evomerge.merge.export import export_model
 from evomerge.prepare import PreparedRun
@@ -60,9 +61,16 @@ def finish(run: Run, prepared: PreparedRun, winner: Decoded) -> None:
     ]
     if same_depth(prepared):
         entries.append(Entry(name=UNIFORM, recipe=uniform_average(prepared)))
-    valid = [(fitness(final.metrics, run.objectives), i) for i, final in enumerate(scored) if final.metrics]
-    if valid:
-        _, index = max(valid, key=lambda pair: (pair[0], -pair[1]))
+    judged = [
+        (judge(final.metrics, run.objectives, run.constraints), index)
+        for index, final in enumerate(scored)
+        if final.metrics
+    ]
+    if judged:
+        _, index = max(
+            judged,
+            key=lambda pair: (-math.fsum(pair[0].violations.values()), pair[0].fitness, -pair[1]),
+        )
         entries.append(scales[index])
     run.observer.phase("scoring the winner's checkpoint, the sources and the baselines on the holdout")
     with _winner_checkpoint(run, prepared, winner) as folder:

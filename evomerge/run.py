@@ -16,6 +16,7 @@ from evomerge.errors import InputsChangedError, RunExistsError, RunStoppedError
 from evomerge.finish import finish
 from evomerge.fitness.blocks import difficulty, split_blocks
 from evomerge.fitness.constraints import needs_sources, with_sources
+from evomerge.fitness.metrics import has_stock_metric
 from evomerge.fitness.stock import stock_command
 from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
@@ -215,7 +216,7 @@ def _carry_out(
             run.search()
         winner = _name_winner(run, prepared)
         finish(run, prepared, winner)
-        table = holdout_table(folder, journal.finals, run.objectives)
+        table = holdout_table(folder, journal.finals, run.objectives, run.constraints)
         run.write_status("finished", holdout=None if table is None else table.to_dict())
         state = "finished"
     except KeyboardInterrupt:
@@ -328,6 +329,8 @@ def _with_winner(prepared: PreparedRun, run: Run) -> PreparedRun:
 def stock_commands(prepared: PreparedRun, folder: RunDir) -> Iterator[str]:
     """Stock `lm_eval` commands that score the exported winner on the holdout documents."""
     for documents in prepared.holdout_documents:
+        if not has_stock_metric(documents.name, prepared.objectives):
+            continue  # lm-eval has no likelihood of answers
         yield stock_command(
             documents,
             folder.best_model.resolve(),
