@@ -15,6 +15,7 @@ from evomerge.checkpoints.reference import ModelReference, resolve
 from evomerge.errors import ConfigurationError, EvomergeError
 from evomerge.experiment import EvaluationSettings
 from evomerge.fitness.base import DocumentSet
+from evomerge.fitness.context import check_context
 from evomerge.fitness.documents import split_documents
 from evomerge.fitness.harness import TaskLibrary
 from evomerge.merge.export import export_model
@@ -84,6 +85,7 @@ def evaluate_model(
             threads=1,
             allow_task_code=allow_task_code,
         )
+        check_context(documents, library, spec.metrics, settings, spec.models)
         outcome = Worker(spec).run(Job(number=0, documents=tuple(documents), checkpoint=folder))
     if outcome.status is not Status.OK:
         raise EvomergeError(f"{model}: cannot be scored: {outcome.reason}")

@@ -24,8 +24,10 @@ from evomerge.errors import ConfigurationError, Fault, nearest
 from evomerge.experiment import Experiment, SearchSettings, read_experiment
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import Constraint, as_settings, resolve_constraints
+from evomerge.fitness.context import check_context
 from evomerge.fitness.documents import choose_documents
 from evomerge.fitness.harness import TaskLibrary
+from evomerge.fitness.metrics import LIKELIHOOD
 from evomerge.fitness.objectives import Objective
 from evomerge.merge.anatomy import anatomy_of
 from evomerge.merge.check import check_recipe
@@ -166,7 +168,7 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
         )
         for item in measures
     }
-    return PreparedRun(
+    prepared = PreparedRun(
         experiment=resolved,
         stages=stages,
         objectives=objectives,
@@ -191,6 +193,9 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
         ),
         warnings=tuple(_config_differences(by_name, donor)),
     )
+    checks.context(prepared)
+    checks.stop_if_faulty()
+    return prepared
 
 
 def stages_of(settings: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -321,21 +326,9 @@ class _Checks:
         allow_code: bool,
     ) -> tuple[TaskLibrary, tuple[Objective, ...], tuple[Constraint, ...]]:
         """Load the tasks and look up the metrics."""
-        places: dict[str, FieldPath] = {}
-        for index, objective in enumerate(experiment.objectives):
-            places.setdefault(objective.task, ("objectives", index, "task"))
-            if objective.holdout_task is not None:
-                places.setdefault(objective.holdout_task, ("objectives", index, "holdout_task"))
-        for index, entry in enumerate(experiment.constraints):
-            if entry.task is not None:
-                places.setdefault(entry.task, ("constraints", index, "task"))
         library = None
-        try:
+        with self._collect_at(_task_places(experiment)) as places:
             library = TaskLibrary(list(places), include_path, allow_code=allow_code, data_dir=data_dir)
-        except ConfigurationError as error:
-            for fault in error.faults:
-                place = places.get(fault.path, tuple(fault.path.split(".")))
-                self.faults.append(self.document.fault(place, fault.reason))
         if library is None:
             return None, (), ()  # type: ignore[return-value]  # the caller stops at the faults
         objectives: list[Objective] = []
@@ -354,6 +347,29 @@ class _Checks:
                 self._held_out(experiment, constraints, library)
         return library, tuple(objectives), constraints
 
+    @contextlib.contextmanager
+    def _collect_at(self, places: Mapping[str, FieldPath]) -> Iterator[Mapping[str, FieldPath]]:
+        """Note the faults of tasks raised inside, each where the experiment names the task."""
+        try:
+            yield places
+        except ConfigurationError as error:
+            for fault in error.faults:
+                place = places.get(fault.path, tuple(fault.path.split(".")))
+                self.faults.append(self.document.fault(place, fault.reason))
+
+    def context(self, prepared: PreparedRun) -> None:
+        """Make sure that every document fits the context of every model, which are scored one by one at the end."""
+        spec = prepared.spec
+        screened = (LIKELIHOOD,) if spec.evaluation.screen is not None else ()
+        with self._collect_at(_task_places(prepared.experiment)):
+            check_context(
+                (*prepared.search_documents, *prepared.holdout_documents),
+                prepared.library,
+                {name: (*pairs, *screened) for name, pairs in spec.metrics.items()},
+                spec.evaluation,
+                spec.models,
+            )
+
     def _held_out(
         self, experiment: Experiment, constraints: Sequence[Constraint], library: TaskLibrary
     ) -> None:
@@ -362,6 +378,19 @@ class _Checks:
         for item in constraints:
             if item.task in others:
                 library.measure(others[item.task], as_settings(item), "constraints")
+
+
+def _task_places(experiment: Experiment) -> dict[str, FieldPath]:
+    """Every task -> where the experiment names it first."""
+    places: dict[str, FieldPath] = {}
+    for index, objective in enumerate(experiment.objectives):
+        places.setdefault(objective.task, ("objectives", index, "task"))
+        if objective.holdout_task is not None:
+            places.setdefault(objective.holdout_task, ("objectives", index, "holdout_task"))
+    for index, entry in enumerate(experiment.constraints):
+        if entry.task is not None:
+            places.setdefault(entry.task, ("constraints", index, "task"))
+    return places
 
 
 def _config_differences(checkpoints: Mapping[str, Checkpoint], donor: str) -> Iterator[str]:

@@ -334,7 +334,7 @@ def stock_commands(prepared: PreparedRun, folder: RunDir) -> Iterator[str]:
         yield stock_command(
             documents,
             folder.best_model.resolve(),
-            prepared.library.folders[documents.task],
+            prepared.library.files[documents.task].parent,
             prepared.experiment.evaluation,
             dtype=prepared.experiment.evaluation.dtype,
             device=prepared.spec.device,

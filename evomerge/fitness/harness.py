@@ -25,6 +25,7 @@ from evomerge.errors import Fault, TaskError, nearest
 from evomerge.experiment import ConstraintSettings, EvaluationSettings, ObjectiveSettings
 from evomerge.fitness.base import DocumentSet, Scores
 from evomerge.fitness.likelihood import LikelihoodRequest, check_references, likelihood_requests
+from evomerge.fitness.load_faults import unreadable_file, why_not_loaded
 from evomerge.fitness.metrics import (
     LIKELIHOOD,
     OUTPUT_TOKENS,
@@ -71,7 +72,7 @@ class TaskLibrary:
     ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.tasks: dict[str, Any] = {}
-        self.folders: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         if not allow_code:
             _sandbox_templates()
         _remember_templates()
@@ -100,16 +101,20 @@ class TaskLibrary:
         own = TaskManager(include_path=folders, include_defaults=False, metadata=self._metadata)
         if all(name in own.all_tasks for name in names):
             return own
+        for name in names:
+            reason = None if name in own.all_tasks else unreadable_file(name, include_path)
+            if reason is not None:
+                raise TaskError(Fault(path=name, reason=reason))
         # Reading lm-eval's thousands of task files takes seconds, so only when they are needed.
         return TaskManager(include_path=folders, include_defaults=True, metadata=self._metadata)
 
     def _load(self, name: str, index: Any, include_path: Sequence[Path], *, allow_code: bool) -> None:
+        from lm_eval.tasks._yaml_loader import load_yaml
+
         if name not in index.all_tasks:
             where = ", ".join(str(path) for path in include_path) or "none given"
             reason = f"no such task{nearest(name, index.all_tasks)}; looked in lm-eval's own tasks and in "
-            reason += (
-                f"evaluation.include_path ({where}); a task file that is not valid YAML is skipped by lm-eval"
-            )
+            reason += f"evaluation.include_path ({where})"
             raise TaskError(Fault(path=name, reason=reason))
         entry = index.task_index[name]
         if name not in index.all_subtasks:
@@ -125,9 +130,9 @@ class TaskLibrary:
         except TaskError:
             raise
         except Exception as error:  # lm-eval and datasets raise whatever comes
-            reason = f"cannot be loaded from {file}: {type(error).__name__}: {error}"
-            raise TaskError(Fault(path=name, reason=reason)) from error
-        self.folders[name] = file.parent
+            config = load_yaml(file, resolve_func=False)
+            raise TaskError(Fault(path=name, reason=why_not_loaded(file, config, error))) from error
+        self.files[name] = file
 
     def num_documents(self, name: str) -> int:
         """Number of documents in the task's evaluation set."""
@@ -184,6 +189,7 @@ class TaskLibrary:
                 chat_template=chat_template,
                 tokenizer_name=tokenizer_name,
             )
+        task.set_config(key="num_fewshot", value=default)
         return list(task.instances)
 
     def measure(self, task: str, settings: ObjectiveSettings | ConstraintSettings, where: str) -> Measure:

@@ -109,8 +109,7 @@ def plan_experiment(prepared: PreparedRun, *, measured: Measure = measure) -> Ex
         machine=machine,
         warnings=(),
     )
-    warnings = warnings_of(plan, prepared, num_cut=search.num_cut + holdout.num_cut)
-    return replace(plan, warnings=tuple(warnings))
+    return replace(plan, warnings=tuple(warnings_of(plan, prepared)))
 
 
 def _check_device(device: str) -> None:

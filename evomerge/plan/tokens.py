@@ -8,31 +8,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from evomerge.checkpoints.decoder import text_config
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.experiment import EvaluationSettings
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.harness import TaskLibrary
 from evomerge.fitness.likelihood import likelihood_requests
 from evomerge.fitness.metrics import LIKELIHOOD
+from evomerge.fitness.reading import Reader, new_tokens, open_reader, per_document
 from evomerge.fitness.stock import batch_size
 from evomerge.plan.records import Span
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-DEFAULT_NEW_TOKENS = 256
-"""lm-eval's limit where a task states none."""
 
 SHORTEST_ANSWER = 1 / 8
 """Least share of the token limit that the longest answer of a batch takes, however short the task's own are: the
 model thinks aloud, or does not stop."""
-
-_NEW_TOKEN_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length")
-_DEFAULT_LENGTH = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +49,12 @@ class TaskLoad:
         prompt_tokens: Their tokens, without padding.
         new_tokens: Tokens generated, if every answer is as long as the task's own and if none ends by itself.
         batches: The batches.
-        num_cut: Number of prompts that are longer than the model reads, of which lm-eval cuts the beginning.
     """
 
     requests: int
     prompt_tokens: int
     new_tokens: Span
     batches: tuple[Batch, ...]
-    num_cut: int
 
     def __add__(self, other: TaskLoad) -> TaskLoad:
         return TaskLoad(
@@ -74,11 +62,10 @@ class TaskLoad:
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             new_tokens=self.new_tokens + other.new_tokens,
             batches=self.batches + other.batches,
-            num_cut=self.num_cut + other.num_cut,
         )
 
 
-NOTHING = TaskLoad(requests=0, prompt_tokens=0, new_tokens=Span(low=0, high=0), batches=(), num_cut=0)
+NOTHING = TaskLoad(requests=0, prompt_tokens=0, new_tokens=Span(low=0, high=0), batches=())
 
 
 def total_load(
@@ -97,11 +84,7 @@ def total_load(
         settings: How they are prompted.
         donor: The model that gives the tokenizer.
     """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(donor.folder, local_files_only=True)
-    counter = _Counter(tokenizer, settings, _max_length(settings, donor))
+    counter = _Counter(open_reader(donor.folder, settings), settings)
     loads = (counter.load(library, item, item.metrics or metrics[item.name]) for item in documents)
     return sum(loads, start=NOTHING)
 
@@ -116,24 +99,21 @@ class _Prompt:
 
 
 class _Counter:
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, settings: EvaluationSettings, max_length: int
-    ) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, reader: Reader, settings: EvaluationSettings) -> None:
+        self._reader = reader
         self._settings = settings
-        self._max_length = max_length
-        self._num_cut = 0
 
     def load(
         self, library: TaskLibrary, documents: DocumentSet, wanted: Sequence[tuple[str, str]]
     ) -> TaskLoad:
         """What the metrics wanted of some documents ask of a model."""
-        self._num_cut = 0
         chat, task = self._settings.apply_chat_template, library.tasks[documents.task]
-        requests = library.requests(documents, self._settings, chat_template=self._render if chat else None)
+        requests = library.requests(
+            documents, self._settings, chat_template=self._reader.render if chat else None
+        )
         prompts: list[_Prompt] = []
         if LIKELIHOOD in wanted:
-            references = likelihood_requests(task, _per_document(requests), chat=chat)
+            references = likelihood_requests(task, per_document(requests), chat=chat)
             found = self._judged(task, [reference.instance for reference in references])
             prompts += (replace(prompt, group="likelihood") for prompt in found)
         if any(pair != LIKELIHOOD for pair in wanted):
@@ -146,7 +126,6 @@ class _Counter:
             prompt_tokens=sum(prompt.length for prompt in prompts),
             new_tokens=sum((prompt.new for prompt in prompts), start=Span(low=0, high=0)),
             batches=tuple(batch for group in groups.values() for batch in self._batches(group)),
-            num_cut=self._num_cut,
         )
 
     def _prompts(self, task: Any, requests: Sequence[Any]) -> Iterator[_Prompt]:
@@ -161,32 +140,27 @@ class _Counter:
             yield from count(task, found)
 
     def _generated(self, task: Any, requests: Sequence[Any]) -> Iterator[_Prompt]:
-        lengths = [len(ids) for ids in self._ids([request.args[0] for request in requests])]
-        answers = self._ids([_answer(task, request.doc) for request in requests])
+        lengths = [len(ids) for ids in self._reader.ids([request.args[0] for request in requests])]
+        answers = self._reader.ids([_answer(task, request.doc) for request in requests])
         for request, length, answer in zip(requests, lengths, answers, strict=True):
             options = request.args[1]
-            most = next((int(options[key]) for key in _NEW_TOKEN_KEYS if key in options), DEFAULT_NEW_TOKENS)
-            room = max(1, self._max_length - most)
-            self._num_cut += length > room
+            most = new_tokens(options)
             # One more for the token that ends it.
             least = min(most, len(answer) + 1)
             group = json.dumps(options, sort_keys=True, default=str)
-            yield _Prompt(group=group, length=min(length, room), new=Span(low=least, high=most))
+            yield _Prompt(group=group, length=length, new=Span(low=least, high=most))
 
     def _judged(self, _task: Any, requests: Sequence[Any]) -> Iterator[_Prompt]:
-        found = self._ids(["".join(request.args) for request in requests])
+        found = self._reader.ids(["".join(request.args) for request in requests])
         # lm-eval runs continuations of one token after the same context as one.
         for ids in dict.fromkeys(tuple(ids[:-1]) for ids in found):
-            self._num_cut += len(ids) > self._max_length
-            yield _Prompt(
-                group="judged", length=max(1, min(len(ids), self._max_length)), new=Span(low=0, high=0)
-            )
+            yield _Prompt(group="judged", length=max(1, len(ids)), new=Span(low=0, high=0))
 
     def _rolled(self, _task: Any, requests: Sequence[Any]) -> Iterator[_Prompt]:
         """Whole texts, in windows as long as the model reads."""
-        for ids in self._ids([request.args[0] for request in requests]):
-            for first in range(0, max(1, len(ids)), self._max_length):
-                length = max(1, min(self._max_length, len(ids) - first))
+        for ids in self._reader.ids([request.args[0] for request in requests]):
+            for first in range(0, max(1, len(ids)), self._reader.max_length):
+                length = max(1, min(self._reader.max_length, len(ids) - first))
                 yield _Prompt(group="rolled", length=length, new=Span(low=0, high=0))
 
     def _batches(self, prompts: Sequence[_Prompt]) -> Iterator[Batch]:
@@ -202,30 +176,6 @@ class _Counter:
                 new=Span(low=min(most, max(longest, most * SHORTEST_ANSWER)), high=most),
             )
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        found: list[list[int]] = self._tokenizer(list(texts))["input_ids"]
-        return found
-
-    def _render(self, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
-
-
-def _per_document(requests: Sequence[Any]) -> list[tuple[Any, list[Any]]]:
-    """Every document with its requests, in the order of their `idx`."""
-    groups: dict[int, list[Any]] = {}
-    for request in requests:
-        groups.setdefault(request.doc_id, []).append(request)
-    return [(group[0].doc, sorted(group, key=lambda request: int(request.idx))) for group in groups.values()]
-
 
 def _answer(task: Any, document: Mapping[str, Any]) -> str:
     """The task's own answer; of several the longest."""
@@ -233,10 +183,3 @@ def _answer(task: Any, document: Mapping[str, Any]) -> str:
     if isinstance(target, list):
         return max(map(str, target), key=len, default="")
     return str(target)
-
-
-def _max_length(settings: EvaluationSettings, donor: Checkpoint) -> int:
-    if settings.max_length is not None:
-        return settings.max_length
-    config = text_config(donor.config)
-    return next((config[key] for key in _LENGTH_KEYS if isinstance(config.get(key), int)), _DEFAULT_LENGTH)

@@ -9,13 +9,12 @@ from evomerge.plan.words import count, duration, size
 from evomerge.prepare import PreparedRun
 
 
-def warnings_of(plan: ExperimentPlan, prepared: PreparedRun, *, num_cut: int) -> Iterator[str]:
+def warnings_of(plan: ExperimentPlan, prepared: PreparedRun) -> Iterator[str]:
     """Warn of what a plan shows.
 
     Args:
         plan: The plan.
         prepared: The experiment.
-        num_cut: Number of prompts that are longer than the model reads.
     """
     yield from prepared.warnings
     yield from _memory(plan, prepared)
@@ -33,11 +32,6 @@ def warnings_of(plan: ExperimentPlan, prepared: PreparedRun, *, num_cut: int) ->
         yield (
             f"workers.timeout: a candidate may take {duration(plan.candidate.seconds.high)} and is given up after "
             f"{duration(timeout)}"
-        )
-    if num_cut:
-        yield (
-            f"{num_cut} prompts are longer than the model reads together with their answers; lm-eval cuts their "
-            "beginning"
         )
     if not plan.evaluations.holdout:
         yield "evaluation.holdout: no documents are held out, so nothing can be said beyond the search"

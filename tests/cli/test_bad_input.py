@@ -272,3 +272,107 @@ def test_a_document_without_an_answer_is_named_where_answers_are_needed(
     field = "evaluation.screen.metric" if "exact" in asked else "objectives.0.metric"
     for part in (field, "document 2 of letters", "doc_to_target is empty"):
         assert part in result.err
+
+
+YAML, DATA = "letters.yaml", "letters.jsonl"
+BAD_TASKS = {
+    "a missing data file": (
+        YAML,
+        "letters.jsonl",
+        "leters.jsonl",
+        ["data_files.test: no such file", "leters"],
+    ),
+    "data that is no JSON": (
+        DATA,
+        '{"question": "b1=", "answer": "b"}',
+        "b1=, b",
+        ["data_files.test", "letters.jsonl:2: expected a JSON object on each line, got 'b1=, b'"],
+    ),
+    "a table with tabs": (
+        DATA,
+        '{"question": "a0=", "answer": "a"}',
+        "a0=\ta",
+        ["letters.jsonl:1: expected a JSON object", "a table with tabs is read with `dataset_path: csv`"],
+    ),
+    "a split that there is not": (
+        YAML,
+        "test_split: test",
+        "test_split: tset",
+        ["test_split: the data has no split 'tset' (did you mean 'test'?)"],
+    ),
+    "no split at all": (YAML, "test_split: test\n", "", ["test_split: missing"]),
+    "no target": (YAML, 'doc_to_target: "{{answer}}"\n', "", ["doc_to_target: missing"]),
+    "a template with a field that documents lack": (
+        YAML,
+        "{{question}}",
+        "{{qestion}}",
+        ["doc_to_text: documents have no field 'qestion' (did you mean 'question'?)"],
+    ),
+    "a task file that is no YAML": (
+        YAML,
+        "test_split: test",
+        "test_split: [test",
+        ["letters.yaml:5: not valid YAML"],
+    ),
+    "a document that does not fit the context": (
+        DATA,
+        '{"question": "c2=",',
+        '{"question": "' + "c" * 70 + '",',
+        [
+            "document 2 of letters does not fit the context, 64 tokens: document 2 has a prompt of 70, and up to 2",
+            "lower generation_kwargs.max_gen_toks in",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TASKS)
+@pytest.mark.parametrize("verb", ["validate", "run"])
+@pytest.mark.parametrize("metric", ["exact_match", "likelihood"])
+def test_a_fault_in_a_task_is_named_with_its_file_and_field(
+    command: Command, experiment: Path, tmp_path: Path, case: str, verb: str, metric: str
+) -> None:
+    name, before, after, expected = BAD_TASKS[case]
+    file = tmp_path / "tasks" / name
+    assert before in file.read_text()
+    file.write_text(file.read_text().replace(before, after))
+    experiment.write_text(experiment.read_text().replace("exact_match", metric))
+    result = command(verb, experiment)
+    assert result.code == 2
+    if metric == "likelihood":
+        expected = [part.partition("document 2 has")[0] for part in expected if "max_gen" not in part]
+    for part in ["experiment.yml:12: objectives.0.task", "tasks/letters.yaml", *expected]:
+        assert part in result.err
+    assert len(result.err.splitlines()) == (1 if verb == "validate" else 2)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_data_file_without_documents_is_named(
+    command: Command, experiment: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "tasks" / "letters.jsonl").write_text(text)
+    result = command("validate", experiment)
+    assert result.code == 2
+    assert "dataset_kwargs.data_files.test: " in result.err
+    assert "letters.jsonl: holds no documents" in result.err
+
+
+def test_a_split_without_documents_is_named(command: Command, experiment: Path, tmp_path: Path) -> None:
+    task = tmp_path / "tasks" / "letters.yaml"
+    task.write_text(task.read_text() + "process_docs: !function choosing.none\n")
+    (tmp_path / "tasks" / "choosing.py").write_text("def none(docs):\n    return docs.select([])\n")
+    result = command("validate", experiment, "--allow-task-code")
+    assert result.code == 2
+    assert "test_split: the split 'test' holds no documents" in result.err
+
+
+def test_a_document_that_does_not_fit_is_named_when_a_model_is_scored(
+    command: Command, experiment: Path, tiny_zoo: Path
+) -> None:
+    options = ("--tasks", "letters", "--include-path", "tasks", "--max-length")
+    assert command("evaluate", tiny_zoo / "one", *options, 5).code == 0
+    result = command("evaluate", tiny_zoo / "one", *options, 4)
+    assert result.code == 2
+    assert "16 of 16 documents of letters do not fit the context, 4 tokens" in result.err
+    assert "raise evaluation.max_length (the model reads 64)" in result.err

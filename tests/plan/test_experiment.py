@@ -218,10 +218,6 @@ def test_more_workers_search_faster(prepared: Prepare, monkeypatch: pytest.Monke
         (["search.evaluations=12"], []),
         (["search.evaluations=5"], ["search.evaluations: 5 are fewer than the 6 candidates"]),
         (["search.evaluations=12", "workers={count: 8}"], ["2 of them have nothing to do"]),
-        (
-            ["search.evaluations=12", "evaluation.max_length=12"],
-            ["10 prompts are longer than the model reads"],
-        ),
         (["search.evaluations=12", "evaluation.holdout=0"], ["no documents are held out"]),
         (
             ["search.evaluations=12", "workers={count: 1, timeout: 0.001}"],

@@ -71,9 +71,7 @@ def test_logits_of_judged_prompts_are_all_kept(tiny_zoo: Path) -> None:
 
     def needed(length: int, new: int) -> int:
         batch = Batch(rows=8, length=length, new=Span(low=new, high=new))
-        load = TaskLoad(
-            requests=8, prompt_tokens=0, new_tokens=Span(low=0, high=0), batches=(batch,), num_cut=0
-        )
+        load = TaskLoad(requests=8, prompt_tokens=0, new_tokens=Span(low=0, high=0), batches=(batch,))
         found = scoring_bytes(donor, load, itemsize=2, layers=4)
         assert found is not None
         return found
@@ -132,5 +130,5 @@ def test_the_winners_checkpoint_counts_only_if_one_is_written(prepared: Prepare)
 
 def test_what_the_config_does_not_tell_is_left_out(tiny_zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "read_config", lambda _: None)
-    load = TaskLoad(requests=0, prompt_tokens=0, new_tokens=Span(low=0, high=0), batches=(), num_cut=0)
+    load = TaskLoad(requests=0, prompt_tokens=0, new_tokens=Span(low=0, high=0), batches=())
     assert scoring_bytes(Checkpoint.open(tiny_zoo / "base"), load, itemsize=2, layers=4) is None

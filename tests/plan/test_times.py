@@ -27,7 +27,7 @@ WORK = Work(parameters=1e8, layers=10, merged_bytes=8e8)
 
 
 def load(*batches: Batch) -> TaskLoad:
-    return TaskLoad(requests=1, prompt_tokens=1, new_tokens=Span(low=0, high=0), batches=batches, num_cut=0)
+    return TaskLoad(requests=1, prompt_tokens=1, new_tokens=Span(low=0, high=0), batches=batches)
 
 
 def test_prompts_and_new_tokens_take_what_their_products_take() -> None:

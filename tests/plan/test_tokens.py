@@ -78,13 +78,6 @@ def test_likelihoods_are_batches_of_their_own(
     assert found == seen(task_folder, tiny_zoo, documents)
 
 
-def test_long_prompts_are_cut_as_lm_eval_does(task_folder: Path, tiny_zoo: Path) -> None:
-    load = planned(task_folder, tiny_zoo, every("gen"), max_length=12)
-    assert load.num_cut == 10
-    found = [(batch.rows, batch.length) for batch in load.batches]
-    assert found == seen(task_folder, tiny_zoo, every("gen"), max_length=12) == [(4, 8), (4, 8), (2, 8)]
-
-
 def test_answers_take_what_the_task_says_and_at_most_its_limit(task_folder: Path, tiny_zoo: Path) -> None:
     load = planned(task_folder, tiny_zoo, every("gen"))
     # Answers of one character, and the token that ends them; four tokens at most.
