@@ -326,11 +326,12 @@ class _Checks:
         allow_code: bool,
     ) -> tuple[TaskLibrary, tuple[Objective, ...], tuple[Constraint, ...]]:
         """Load the tasks and look up the metrics."""
-        library = None
+        loaded: list[TaskLibrary] = []
         with self._collect_at(_task_places(experiment)) as places:
-            library = TaskLibrary(list(places), include_path, allow_code=allow_code, data_dir=data_dir)
-        if library is None:
+            loaded.append(TaskLibrary(list(places), include_path, allow_code=allow_code, data_dir=data_dir))
+        if not loaded:
             return None, (), ()  # type: ignore[return-value]  # the caller stops at the faults
+        library = loaded[0]
         objectives: list[Objective] = []
         for index, settings in enumerate(experiment.objectives):
             with self.collect():
