@@ -44,8 +44,8 @@ class Scores:
         metrics: Task as the objectives name it -> metric -> aggregated value.
         samples: Task as the objectives name it -> per-document scores.
         forward_seconds: Time spent inside the model's forward passes.
-        counts: Tallies for the audit: `generations`, `truncated` ones that hit the token limit, and the
-            `output_tokens` of all.
+        counts: Tallies for the audit: `generations`, `truncated` ones that hit the token limit, the
+            `output_tokens` of all, and what `fitness.tallies` counts.
     """
 
     metrics: Metrics

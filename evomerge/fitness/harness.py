@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import logging
-import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.errors import Fault, TaskError, nearest
 from evomerge.experiment import ConstraintSettings, EvaluationSettings, ObjectiveSettings
 from evomerge.fitness.base import DocumentSet, Scores
+from evomerge.fitness.fingerprint import stable
 from evomerge.fitness.likelihood import LikelihoodRequest, check_references, likelihood_requests
 from evomerge.fitness.load_faults import unreadable_file, why_not_loaded
 from evomerge.fitness.metrics import (
@@ -37,6 +38,7 @@ from evomerge.fitness.metrics import (
 from evomerge.fitness.objectives import BUILT_IN, Measure, Objective
 from evomerge.fitness.quiet import quiet
 from evomerge.fitness.stock import batch_size
+from evomerge.fitness.tallies import audit_metrics, check_language, tally
 from evomerge.fitness.task_code import refuse_code
 from evomerge.fitness.watch import Watch
 from evomerge.records import SampleScores
@@ -133,6 +135,7 @@ class TaskLibrary:
             config = load_yaml(file, resolve_func=False)
             raise TaskError(Fault(path=name, reason=why_not_loaded(file, config, error))) from error
         self.files[name] = file
+        check_language(name, self.tasks[name])
 
     def num_documents(self, name: str) -> int:
         """Number of documents in the task's evaluation set."""
@@ -151,7 +154,7 @@ class TaskLibrary:
         """Hash of the task's documents and of how they are prompted and judged."""
         task = self.tasks[name]
         digest = hashlib.sha256()
-        digest.update(json.dumps(_stable(task.dump_config()), sort_keys=True, default=str).encode())
+        digest.update(json.dumps(stable(task.dump_config()), sort_keys=True, default=str).encode())
         examples = task.fewshot_docs() if self._has_examples(task) else ()
         for document in itertools.chain(task.eval_docs, ["examples"], examples):
             digest.update(json.dumps(document, sort_keys=True, default=str, ensure_ascii=False).encode())
@@ -310,6 +313,7 @@ class HarnessEvaluator:
         self._prepared: dict[DocumentSet, _Prepared] = {}
         self._references: dict[DocumentSet, list[LikelihoodRequest]] = {}
         self._watch = Watch()
+        self._tallies: Counter[str] = Counter()
         self._lm = _wrap(model, tokenizer, settings, self._watch)
 
     def evaluate(self, documents: Sequence[DocumentSet]) -> Scores:
@@ -320,6 +324,7 @@ class HarnessEvaluator:
             TaskError: A metric does not give one number per document.
         """
         self._watch.reset()
+        self._tallies.clear()
         metrics: dict[str, dict[str, float]] = {}
         samples: dict[str, SampleScores] = {}
         for subset in documents:
@@ -335,6 +340,7 @@ class HarnessEvaluator:
                 "generations": self._watch.generations,
                 "truncated": self._watch.truncated,
                 "output_tokens": self._watch.output_tokens,
+                **self._tallies,
             },
         )
 
@@ -347,9 +353,11 @@ class HarnessEvaluator:
         if own or OUTPUT_TOKENS in wanted:
             prepared = self._prepare(subset)
             self._respond(prepared)
-            if self._library.tasks[subset.task].OUTPUT_TYPE == "generate_until":
+            task, found = self._library.tasks[subset.task], prepared.per_document
+            columns |= judged(task, found, list(dict.fromkeys([*own, *audit_metrics(task, own)])))
+            if task.OUTPUT_TYPE == "generate_until":
                 columns[OUTPUT_TOKENS] = self._lengths(prepared)
-            columns |= judged(self._library.tasks[subset.task], prepared.per_document, own)
+                self._tallies.update(tally(task, found, columns, own))
         return {f"{metric},{name}": tuple(columns[metric, name]) for metric, name in wanted}
 
     def _respond(self, prepared: _Prepared) -> None:
@@ -450,15 +458,3 @@ def _wrap(
             max_length=settings.max_length,
             softmax_dtype=settings.softmax_dtype,
         )
-
-
-def _stable(config: Any) -> Any:
-    """A task's config, functions by their source, without what differs between machines.
-
-    That is where its files lie, and the addresses of functions whose source is not at hand.
-    """
-    if isinstance(config, dict):
-        return {key: _stable(value) for key, value in config.items() if key not in ("metadata", "data_files")}
-    if isinstance(config, (list, tuple)):
-        return [_stable(item) for item in config]
-    return re.sub(r" at 0x[0-9a-f]+", "", config) if isinstance(config, str) else config
