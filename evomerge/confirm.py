@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import judge
+from evomerge.fitness.objectives import estimate
 from evomerge.fitness.ranking import merit
 from evomerge.loop import Run
 from evomerge.race import joined, mean_metrics
@@ -29,6 +30,7 @@ class Confirmed:
     Attributes:
         trial: Its trial.
         fitness: Its fitness on all search documents, the second time.
+        standard_error: Standard error of that, if it can be known.
         metrics: Its metrics, the second time.
         violated: Sum of its relative violations of constraints, the second time.
         noise: How far that is from the first time, or None if the first time was not on all of them.
@@ -36,6 +38,7 @@ class Confirmed:
 
     trial: Trial
     fitness: float
+    standard_error: float | None
     metrics: Metrics
     violated: float
     noise: float | None
@@ -82,7 +85,16 @@ def confirm(
         second, violated = judgement.fitness, math.fsum(judgement.violations.values())
         first = trial.fitness if trial.status is Status.OK else None
         noise = None if first is None else abs(second - first)
-        found.append(Confirmed(trial=trial, fitness=second, metrics=metrics, violated=violated, noise=noise))
+        found.append(
+            Confirmed(
+                trial=trial,
+                fitness=second,
+                standard_error=estimate(samples, run.objectives).standard_error,
+                metrics=metrics,
+                violated=violated,
+                noise=noise,
+            )
+        )
     ranked = sorted(found, key=lambda each: (each.violated, -each.fitness, each.trial.number))
     named = any(final.name == WINNER and final.stage == "confirm" for final in run.journal.finals)
     if ranked and not named:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.reference import ModelReference, resolve
@@ -18,6 +15,7 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.context import check_context
 from evomerge.fitness.documents import split_documents
 from evomerge.fitness.harness import TaskLibrary
+from evomerge.fitness.objectives import column_error
 from evomerge.merge.export import export_model
 from evomerge.merge.load import load_recipe
 from evomerge.prepare import torch_device
@@ -94,9 +92,7 @@ def evaluate_model(
         "tasks": {
             name: {
                 "metrics": dict(outcome.metrics[name]),
-                "standard_errors": {
-                    metric: _standard_error(values) for metric, values in scores.values.items()
-                },
+                "standard_errors": {metric: column_error(values) for metric, values in scores.values.items()},
                 "num_documents": len(scores.doc_ids),
             }
             for name, scores in outcome.samples.items()
@@ -104,7 +100,3 @@ def evaluate_model(
         "counts": dict(outcome.counts),
         "seconds": dict(outcome.seconds),
     }
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0

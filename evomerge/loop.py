@@ -26,9 +26,10 @@ from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStopp
 from evomerge.experiment import ScreenSettings
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import Constraint, violations
-from evomerge.fitness.objectives import Objective
+from evomerge.fitness.objectives import Objective, estimate
 from evomerge.fitness.ranking import told
 from evomerge.journal import Journal
+from evomerge.measured import with_error
 from evomerge.merge.card import recipes_text
 from evomerge.race import Course, Finish
 from evomerge.recipe import Recipe
@@ -228,6 +229,9 @@ class Run:
             status=outcome.status,
             reason=outcome.reason,
             fitness=done.fitness,
+            standard_error=estimate(outcome.samples, self.objectives).standard_error
+            if outcome.samples
+            else None,
             metrics=outcome.metrics,
             scores=self.run_dir.write_scores(f"{number}-search", outcome.samples) if outcome.samples else "",
             seconds=outcome.seconds,
@@ -307,6 +311,7 @@ def progress(journal: Journal, total: int) -> dict[str, Any]:
             "trial": best.number,
             "candidate": best.candidate,
             "fitness": best.fitness,
+            "standard_error": best.standard_error,
             "metrics": best.metrics,
         },
     }
@@ -327,11 +332,15 @@ def checked(outcome: Outcome) -> Outcome:
 def write_recipe(run_dir: RunDir, recipe: Recipe, trial: Trial, merges: Sequence[Recipe] = ()) -> None:
     """Write the best recipe so far, with its trial and fitness as a comment.
 
+    The fitness is that of the search, which is optimistic, as the recipe was chosen by it.
+
     Args:
         run_dir: Where to.
         recipe: The recipe.
         trial: Its trial.
         merges: Recipes of the merges that it names as its models.
     """
-    comment = f"# trial {trial.number}, fitness {trial.fitness:.6g} on the search documents\n"
+    assert trial.fitness is not None
+    reached = with_error(trial.fitness, trial.standard_error)
+    comment = f"# trial {trial.number}, fitness {reached} on the search documents, chosen by it: optimistic\n"
     write_atomic(run_dir.best_recipe, comment + recipes_text(recipe, merges))

@@ -111,6 +111,7 @@ class Trial:
         reason: Why the status is not `ok`.
         fitness: The number the searcher maximises: the fitness on all search documents if `ok`, an estimate of it
             if `pruned`, else None.
+        standard_error: Standard error of the fitness over the documents it is from, or None if it is not known.
         metrics: task -> metric -> value.
         scores: File with the per-document scores, relative to the run directory, or empty.
         seconds: Wall time per phase.
@@ -128,6 +129,7 @@ class Trial:
     status: Status
     reason: str = ""
     fitness: float | None = None
+    standard_error: float | None = None
     metrics: Metrics = field(default_factory=dict)
     scores: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)

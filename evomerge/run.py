@@ -21,11 +21,13 @@ from evomerge.fitness.stock import stock_command
 from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
 from evomerge.loop import Observer, Run, StopFlag, write_recipe
+from evomerge.measured import with_error
 from evomerge.merge.export import export_model
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.race import Course
 from evomerge.recipe import Recipe
 from evomerge.records import Header, Trial
+from evomerge.report.audit import Audit, audit_run
 from evomerge.report.holdout import HoldoutTable, holdout_table
 from evomerge.rivals import score_entries, source_entries
 from evomerge.run_dir import RunDir
@@ -43,6 +45,7 @@ class RunResult:
         best: The winning trial.
         recipe: The winner.
         holdout: The comparison on held-out documents, or None when none were kept.
+        audit: What the numbers are worth.
         commands: Stock `lm_eval` commands that score the exported winner on the same documents.
     """
 
@@ -50,6 +53,7 @@ class RunResult:
     best: Trial
     recipe: Recipe
     holdout: HoldoutTable | None
+    audit: Audit
     commands: tuple[str, ...]
 
 
@@ -217,7 +221,10 @@ def _carry_out(
         winner = _name_winner(run, prepared)
         finish(run, prepared, winner)
         table = holdout_table(folder, journal.finals, run.objectives, run.constraints)
-        run.write_status("finished", holdout=None if table is None else table.to_dict())
+        audit = audit_run(folder, journal, run.objectives, table)
+        run.write_status(
+            "finished", holdout=None if table is None else table.to_dict(), audit=audit.to_dict()
+        )
         state = "finished"
     except KeyboardInterrupt:
         state = "interrupted"
@@ -238,6 +245,7 @@ def _carry_out(
         best=winner.trial,
         recipe=winner.recipe,
         holdout=table,
+        audit=audit,
         commands=tuple(stock_commands(prepared, folder)),
     )
 
@@ -299,8 +307,8 @@ def _name_winner(run: Run, prepared: PreparedRun) -> Decoded:
         )
         if confirmed and confirmed[0].trial.number != best.number:
             run.news(
-                f"scored again, trial {confirmed[0].trial.number} comes out best ({confirmed[0].fitness:.4f}), not "
-                f"trial {best.number}"
+                f"scored again, trial {confirmed[0].trial.number} comes out best "
+                f"({with_error(confirmed[0].fitness, confirmed[0].standard_error)}), not trial {best.number}"
             )
             best = confirmed[0].trial
         if confirmed and confirmed[0].violated:

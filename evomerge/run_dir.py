@@ -8,7 +8,7 @@ best/path.png    the winner's path through the layers, where a search chooses la
 best/model/      the winner as a checkpoint, when asked for
 stages/          the winners of all stages but the last, as checkpoints, where an experiment has stages
 statistics/      statistics of the sources; computed again when missing
-status.json      state, progress and the holdout table
+status.json      state, progress, the holdout table and the audit
 events.log       what happened to workers, and other news
 """
 

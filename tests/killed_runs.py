@@ -176,7 +176,7 @@ def prepared(
         },
         base="models/base",
         sources=SOURCES,
-        library=SimpleNamespace(folders={"t": folder}),
+        library=SimpleNamespace(files={"t": folder / "t.yaml"}),
         spec=SimpleNamespace(device="cpu", threads=1),
         inputs={},
         warnings=(),

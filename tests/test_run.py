@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from evomerge.errors import InputsChangedError, JournalDamagedError, RunExistsError, RunLockedError
+from evomerge.fitness.objectives import estimate
 from evomerge.journal import Journal
 from evomerge.lock import RunLock
 from evomerge.loop import StopFlag
-from evomerge.report.status import run_status
+from evomerge.report.status import read_objectives, run_status
 from evomerge.report.trials import decode_trial
 from evomerge.run import RunResult, resume_run, start_run
 from evomerge.run_dir import RunDir
@@ -132,6 +133,15 @@ def test_the_status_of_a_finished_run_has_its_table(study: Study) -> None:
     assert study.result.holdout is not None
     assert found["holdout"] == study.result.holdout.to_dict()
     assert json.loads(json.dumps(found))["holdout"]["rival"] == study.result.holdout.rival
+
+
+def test_every_trial_is_recorded_with_the_error_of_its_fitness(study: Study) -> None:
+    run_dir, journal = RunDir(study.run_dir), Journal.load(study.run_dir / "journal.jsonl")
+    objectives = read_objectives(journal)
+    for trial in journal.trials:
+        found = estimate(run_dir.read_scores(trial.scores), objectives)
+        assert found.mean == pytest.approx(trial.fitness)
+        assert trial.standard_error == found.standard_error
 
 
 def test_every_trial_can_be_decoded_again(study: Study) -> None:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from evomerge.measured import with_error
 from evomerge.records import Dimension, Trial
+from evomerge.report.aligned import aligned
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -114,8 +116,8 @@ class Progress:
         self._first_done = 0
         self._started = time.monotonic()
         self._generation = -1
-        self._fitnesses: list[float] = []
-        self._previous: list[float] = []
+        self._scored: list[tuple[float, int, float | None]] = []
+        self._previous: list[tuple[float, int, float | None]] = []
         self._best: Trial | None = None
 
     def add(self, trial: Trial, *, done: int, total: int, generation: int, best: Trial | None) -> bool:
@@ -124,9 +126,9 @@ class Progress:
         if self._generation < 0:
             self._first_done, self._started = done - 1, time.monotonic() - trial.seconds.get("total", 0.0)
         if is_new:
-            self._generation, self._previous, self._fitnesses = generation, self._fitnesses, []
+            self._generation, self._previous, self._scored = generation, self._scored, []
         if trial.fitness is not None:
-            self._fitnesses.append(trial.fitness)
+            self._scored.append((trial.fitness, trial.number, trial.standard_error))
         self.done, self.total, self._best = done, total, best
         return is_new
 
@@ -135,18 +137,22 @@ class Progress:
         elapsed = max(time.monotonic() - self._started, 1e-9)
         per_minute = (self.done - self._first_done) / elapsed * 60
         left = (self.total - self.done) / per_minute if per_minute else float("inf")
-        known = self._fitnesses or self._previous
+        known = self._scored or self._previous
         rows = [
             f"generation {self._generation}   evaluations {self.done}/{self.total}   "
             f"{per_minute:.1f} per minute   {left:.1f} min left"
         ]
-        if self._best is not None and known:
-            rows.append(f"fitness: best {self._best.fitness:.4f}   median {statistics.median(known):.4f}")
-            genes = [
-                f"{name} {value:.2f}" for name, value in zip(self.names, self._best.genome, strict=False)
-            ]
+        best = self._best
+        if best is not None and best.fitness is not None and known:
+            # The median candidate, not the median of their numbers, as a candidate's error is known.
+            median, _, error = statistics.median_low(known)
+            rows.append(
+                f"fitness: best {with_error(best.fitness, best.standard_error)}   "
+                f"median {with_error(median, error)}"
+            )
+            genes = [f"{name} {value:.2f}" for name, value in zip(self.names, best.genome, strict=False)]
             more = f"   and {len(genes) - NUM_GENES} more" if len(genes) > NUM_GENES else ""
-            rows.append(f"best recipe (trial {self._best.number}): {'   '.join(genes[:NUM_GENES])}{more}")
+            rows.append(f"best recipe (trial {best.number}): {'   '.join(genes[:NUM_GENES])}{more}")
         return rows
 
     def line(self) -> str:
@@ -156,15 +162,20 @@ class Progress:
 
 def show_result(result: RunResult) -> None:
     """Print a finished run's result on stdout."""
+    from evomerge.report.audit_text import audit_text
+
     click.echo(f"run directory   {result.run_dir}")
     click.echo(f"best recipe     {result.run_dir}/best/recipe.yml")
+    assert result.best.fitness is not None
+    reached = with_error(result.best.fitness, result.best.standard_error)
     click.echo(
-        f"best fitness    {result.best.fitness:.4f} on the search documents (trial {result.best.number})"
+        f"best fitness    {reached} on the search documents, the best of many (trial {result.best.number})"
     )
+    if result.holdout is not None:
+        click.echo(f"\n{table_text(result.holdout)}")
+    click.echo(f"\n{audit_text(result.audit)}")
     if result.holdout is None:
         return
-    click.echo()
-    click.echo(table_text(result.holdout))
     click.echo()
     click.echo("To check the winner with lm-eval itself:")
     if not (result.run_dir / "best" / "model").exists():
@@ -177,35 +188,22 @@ def show_result(result: RunResult) -> None:
 def table_text(table: HoldoutTable) -> str:
     """The holdout table as aligned text."""
     labels = list(table.rows[0].metrics)
-    header = ["on held-out documents", "fitness", "± s.e.", *labels, "winner's lead", "p"]
-    lines = [header]
+    lines = [["on held-out documents", "fitness", *labels, "winner's lead", "p"]]
     for row in table.rows:
         test = table.tests.get(row.name)
         lines.append(
             [
                 row.name,
-                f"{row.fitness.mean:.4f}",
-                f"{row.fitness.standard_error:.4f}",
-                *(f"{row.metrics[label]:.4f} ± {row.errors[label]:.4f}" for label in labels),
-                "" if test is None else f"{test.difference:+.4f}",
+                with_error(row.fitness.mean, row.fitness.standard_error),
+                *(with_error(row.metrics[label], row.errors[label]) for label in labels),
+                "" if test is None else f"{test.difference:+.4f} ± {test.standard_error:.4f}",
                 "" if test is None else f"{test.p_value:.2g}",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    text.insert(1, "-" * max(map(len, text)))
-    truncated = [f"{row.name} {row.truncated}" for row in table.rows if row.truncated]
-    if truncated:
-        text.append(f"generations cut off at the token limit: {', '.join(truncated)}")
+    text = aligned(lines)
     text += [f"{row.name} violates {label}" for row in table.rows[:1] for label in row.violations]
     text += [f"{name} could not be scored: {reason}" for name, reason in table.failed.items()]
-    text += ["", f"{table.rows[0].num_documents} documents each; {table.verdict}"]
+    text += ["", f"{table.rows[0].num_documents} documents each, ± is the standard error; {table.verdict}"]
     return "\n".join(text)
 
 

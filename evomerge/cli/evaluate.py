@@ -49,6 +49,9 @@ def evaluate(
     """Score MODEL, a checkpoint or a recipe file, on lm-eval tasks."""
     from evomerge.evaluate import evaluate_model
     from evomerge.experiment import EvaluationSettings
+    from evomerge.measured import with_error
+    from evomerge.report.audit import texts_of
+    from evomerge.report.audit_text import texts_table
 
     settings = EvaluationSettings.model_validate(
         {
@@ -70,7 +73,7 @@ def evaluate(
         return
     for task, found in results["tasks"].items():
         for metric, value in found["metrics"].items():
-            error = found["standard_errors"][metric]
-            click.echo(
-                f"{task:<24} {metric:<28} {value:.4f} ± {error:.4f}   {found['num_documents']} documents"
-            )
+            reached = with_error(value, found["standard_errors"][metric])
+            click.echo(f"{task:<24} {metric:<28} {reached}   {found['num_documents']} documents")
+    table = texts_table({model: texts_of(results["counts"])})
+    click.echo("".join(f"\n{line}" for line in table), nl=bool(table))

@@ -88,10 +88,10 @@ def fitness(metrics: Metrics, objectives: Sequence[Objective]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over documents with its standard error."""
+    """A mean over documents with its standard error, which a single document leaves unknown: None."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,10 @@ def estimate(samples: Mapping[str, SampleScores], objectives: Sequence[Objective
     counted.
     """
     shares = _shares(samples, objectives)
+    known = all(len(part) > 1 for part in shares.values())
     return Estimate(
-        mean=math.fsum(float(part.sum()) for part in shares.values()), standard_error=_standard_error(shares)
+        mean=math.fsum(float(part.sum()) for part in shares.values()),
+        standard_error=_standard_error(shares) if known else None,
     )
 
 
@@ -182,9 +184,12 @@ def paired_test(
     )
 
 
-def column_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of one metric's scores, documents being the only source of error counted."""
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+def column_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean of one metric's scores, documents being the only source of error counted.
+
+    A single document leaves it unknown.
+    """
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def document_shares(

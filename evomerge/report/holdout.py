@@ -21,7 +21,7 @@ class Row:
         name: What it is.
         fitness: Its fitness on the holdout with its standard error.
         metrics: Objective's label -> value.
-        errors: Objective's label -> standard error of that value.
+        errors: Objective's label -> standard error of that value, if it can be known.
         num_documents: Documents it was scored on.
         truncated: Generations that ran into the token limit.
         violations: Label of every constraint it violates -> by how much, relative to the bound.
@@ -30,7 +30,7 @@ class Row:
     name: str
     fitness: Estimate
     metrics: Mapping[str, float]
-    errors: Mapping[str, float]
+    errors: Mapping[str, float | None]
     num_documents: int
     truncated: int
     violations: Mapping[str, float]

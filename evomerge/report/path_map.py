@@ -235,4 +235,8 @@ def _continues(one: Hop, two: Hop) -> bool:
 
 
 def _fitness(trial: Trial) -> str:
-    return "" if trial.fitness is None else f", fitness {trial.fitness:.4f} on the search documents"
+    if trial.fitness is None:
+        return ""
+    # In words, as the map itself does with ASCII alone where a terminal has no more.
+    error = "" if trial.standard_error is None else f" (standard error {trial.standard_error:.4f})"
+    return f", fitness {trial.fitness:.4f}{error} on the search documents"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,43 @@ from evomerge.fitness.objectives import Objective
 from evomerge.journal import Journal
 from evomerge.lock import is_locked
 from evomerge.loop import progress
+from evomerge.report.audit import Audit, audit_run
 from evomerge.report.front import front_rows
-from evomerge.report.holdout import holdout_table
+from evomerge.report.holdout import HoldoutTable, holdout_table
 from evomerge.run_dir import RunDir
 
 
-def run_status(path: Path) -> dict[str, Any]:
-    """State, progress, best trial, front and holdout table of a run.
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """What a run is doing or has found.
+
+    Attributes:
+        state: `running`, `finished`, or how it ended (`stopped`, `interrupted`, `failed`, `killed`).
+        plain: Name, folder, progress, best trial and front as plain values.
+        holdout: Its holdout table, once there is one.
+        audit: Its audit.
+    """
+
+    state: str
+    plain: Mapping[str, Any]
+    holdout: HoldoutTable | None
+    audit: Audit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "state": self.state,
+            **self.plain,
+            "holdout": None if self.holdout is None else self.holdout.to_dict(),
+            "audit": self.audit.to_dict(),
+        }
+
+
+def read_status(path: Path) -> RunStatus:
+    """State, progress, best trial, front, holdout table and audit of a run.
 
     Args:
         path: The run directory.
-
-    Returns:
-        Plain values: `state` is `running`, `finished`, or how the run ended (`stopped`, `interrupted`,
-        `failed`, `killed`).
 
     Raises:
         ConfigurationError: The folder holds no run.
@@ -44,14 +69,22 @@ def run_status(path: Path) -> dict[str, Any]:
     state = "running" if is_locked(path) else written.get("state")
     if state not in ("running", "finished", "failed", "stopped", "interrupted"):
         state = "killed"
-    return {
-        "state": state,
-        "run_dir": str(path),
-        "name": journal.header.settings["name"],
-        **progress(journal, _evaluations(journal)),
-        "front": front_rows(journal.trials, objectives),
-        "holdout": None if table is None else table.to_dict(),
-    }
+    return RunStatus(
+        state=state,
+        plain={
+            "run_dir": str(path),
+            "name": journal.header.settings["name"],
+            **progress(journal, _evaluations(journal)),
+            "front": front_rows(folder, journal.trials, objectives),
+        },
+        holdout=table,
+        audit=audit_run(folder, journal, objectives, table),
+    )
+
+
+def run_status(path: Path) -> dict[str, Any]:
+    """What `read_status` reads, as plain values."""
+    return read_status(path).to_dict()
 
 
 def _evaluations(journal: Journal) -> int:

@@ -25,7 +25,10 @@ def run_dir(tmp_path: Path, tiny_zoo: Path) -> Path:
 def test_a_run_is_drawn_on_stdout(command: Command, run_dir: Path) -> None:
     best, other = command("path", "run"), command("path", "run", "--trial", 1)
     assert (best.code, best.err) == (0, "")
-    assert best.out.splitlines()[0] == "trial 0 of run, fitness 0.7500 on the search documents"
+    assert (
+        best.out.splitlines()[0]
+        == "trial 0 of run, fitness 0.7500 (standard error 0.0500) on the search documents"
+    )
     assert best.out.splitlines()[-1] == "path: A 0-1, B 1, A 3"
     assert other.out.splitlines()[-1] == "path: A 0, B 3, A 3"
     assert best.out.isascii()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ def test_run_prints_the_result_on_stdout_and_news_on_stderr(finished: Result, tm
     assert "lm_eval run --model hf" in finished.out
     assert '--samples \'{"letters":[' in finished.out
     assert "generation" in finished.err
+    number = r"-?\d\.\d{4} ± \d\.\d{4}"
+    assert re.search(rf"best fitness    {number} on the search documents, the best of many", finished.out)
+    assert re.search(rf"^winner +{number} +{number}$", finished.out, re.MULTILINE)
+    assert re.search(rf"generation 1 .* fitness: best {number}   median {number}", finished.err)
+    assert "on the search documents, best of 6: optimistic" in finished.out
+    assert "candidates: 6 scored" in finished.out
+    comment = (tmp_path / "runs/tiny/best/recipe.yml").read_text().splitlines()[0]
+    assert re.fullmatch(
+        rf"# trial \d, fitness {number} on the search documents, chosen by it: optimistic", comment
+    )
     assert (tmp_path / "runs/tiny/best/recipe.yml").is_file()
     assert not (tmp_path / "runs/tiny/best/model").exists()
 
@@ -58,10 +69,20 @@ def test_status_tells_a_finished_run(command: Command, finished: Result) -> None
     shown = command("status", "runs/tiny")
     assert shown.code == 0
     assert "finished" in shown.out
+    # All of the result but where it lies and how to check it.
+    assert finished.out.partition("\n\n")[2].partition("To check the winner")[0].strip() in shown.out
     status = json.loads(command("status", "runs/tiny", "--json").out)
     assert status["state"] == "finished"
     assert status["evaluations"] == {"done": 6, "total": 6}
     assert {row["name"] for row in status["holdout"]["rows"]} >= {"winner", "uniform average"}
+    assert status["audit"]["candidates"] == {"ok": 6}
+    assert status["audit"]["models"]["winner"]["empty"]["of"] == 4
+    assert status["audit"]["models"]["winner"]["no_answer"] is None
+    assert [each["on"] for each in status["audit"]["winner"]] == ["search", "confirm", "holdout"]
+    reached = status["audit"]["winner"][0]["fitness"]
+    assert reached == {key: status["best"][at] for key, at in (("mean", "fitness"), ("standard_error",) * 2)}
+    written = json.loads(Path("runs/tiny/status.json").read_text())
+    assert written["audit"] == status["audit"]
 
 
 def test_an_exported_recipe_merges_to_the_exported_model(
@@ -106,6 +127,11 @@ def test_evaluate_scores_a_checkpoint_and_a_recipe_alike(command: Command, finis
     found = json.loads(checkpoint.out)["tasks"]
     assert found == json.loads(recipe.out)["tasks"]
     assert found["letters"]["num_documents"] == 16
+    shown = command("evaluate", "merged", *options[:-1]).out
+    assert re.search(r"letters +exact_match,none +\d\.\d{4} ± \d\.\d{4}   16 documents", shown)
+    assert re.search(r"^merged +\d+ of 16, .* %$", shown, re.MULTILINE)
+    alone = command("evaluate", "merged", *options, "--limit", 1)
+    assert json.loads(alone.out)["tasks"]["letters"]["standard_errors"] == {"exact_match,none": None}
 
 
 def test_validate_knows_every_kind_of_file(command: Command, experiment: Path, finished: Result) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evomerge.fitness.objectives import Objective, estimate, fitness, paired_test
+from evomerge.fitness.objectives import Objective, column_error, estimate, fitness, paired_test
 from evomerge.records import SampleScores
 
 
@@ -34,6 +34,15 @@ def test_fitness_is_the_weighted_mean_with_signs() -> None:
     wanted = [objective("a", weight=3), objective("b", "loss", weight=1, maximize=False)]
     assert fitness(metrics, wanted) == (3 * 0.5 - 2.0) / 4
     assert fitness(metrics, wanted[:1]) == 0.5
+
+
+def test_a_single_document_has_no_standard_error() -> None:
+    one, many = np.array([1.0]), np.array([1.0, 0.0, 0.0, 0.0])
+    assert column_error((1.0,)) is None
+    assert column_error(tuple(many)) == 0.25
+    wanted = [objective("a"), objective("b")]
+    assert estimate(samples(a_acc=many, b_acc=one), wanted).standard_error is None
+    assert estimate(samples(a_acc=many, b_acc=many), wanted).standard_error == pytest.approx(0.125 * 2**0.5)
 
 
 def test_an_estimate_is_the_fitness_with_the_error_of_independent_tasks() -> None:

@@ -46,6 +46,7 @@ def trial(
         asked_after=asked_after,
         status=Status.INVALID if fitness is None else Status.OK,
         fitness=fitness,
+        standard_error=None if fitness is None else 0.05,
     )
 
 

@@ -98,7 +98,7 @@ def test_the_best_trial_of_a_data_flow_run_is_shown_by_default(tmp_path: Path, t
     found = path_of_run(run, None)
     assert found.pieces == ("A 0", "B 1-2", "A 3")
     assert found.depths == {str(tiny_zoo / "one"): 4, str(tiny_zoo / "two"): 4}
-    assert found.title == f"trial 1 of {run}, fitness 0.7500 on the search documents"
+    assert found.title == f"trial 1 of {run}, fitness 0.7500 (standard error 0.0500) on the search documents"
     assert path_of_run(run, 2).pieces == ("A 0", "A 3")
     assert path_of_run(run, 2).title == f"trial 2 of {run}"
     with pytest.raises(ConfigurationError, match="no trial 7 is recorded; 3 trials are"):

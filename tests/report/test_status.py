@@ -51,8 +51,21 @@ def test_progress_comes_from_the_journal(run_dir: RunDir) -> None:
     assert found["evaluations"] == {"done": 3, "total": 9}
     assert found["invalid"] == 1
     metrics = {"t": {"m,none": -0.75}}
-    assert found["best"] == {"trial": 2, "candidate": "c2", "fitness": 0.75, "metrics": metrics}
-    front = {"trial": 2, "candidate": "c2", "fitness": 0.75, "metrics": {"t m": -0.75}}
+    assert found["best"] == {
+        "trial": 2,
+        "candidate": "c2",
+        "fitness": 0.75,
+        "standard_error": None,
+        "metrics": metrics,
+    }
+    front = {
+        "trial": 2,
+        "candidate": "c2",
+        "fitness": 0.75,
+        "standard_error": None,
+        "metrics": {"t m": -0.75},
+        "standard_errors": {"t m": None},
+    }
     assert found["front"] == [front]
     assert found["holdout"] is None
     assert found["name"] == "tiny"

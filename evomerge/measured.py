@@ -1,0 +1,13 @@
+"""How measured numbers are written for people: never without the error they are known with."""
+
+from __future__ import annotations
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A score with its standard error, such as `0.7125 ± 0.0320`; `± ?` where the error is not known."""
+    return f"{value:.4f} ± {'?' if error is None else f'{error:.4f}'}"
+
+
+def as_share(share: float) -> str:
+    """A share in percent, such as `3.5 %`."""
+    return f"{100 * share:.1f} %"
