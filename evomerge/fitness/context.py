@@ -104,17 +104,19 @@ def _groups(
 def _too_long(subset: DocumentSet, groups: Sequence[Sequence[Any]], reader: Reader) -> dict[int, _Need]:
     """Document -> what its largest request needs, for those that do not fit."""
     texts, places = [], []
+    starts_bare = not reader.tokenizer.num_special_tokens_to_add()
     for doc_id, group in zip(subset.doc_ids, groups, strict=True):
         for request in group:
             # Texts that are rolled over are taken in windows as long as the model reads.
             if request.request_type != "loglikelihood_rolling":
                 is_judged = request.request_type == "loglikelihood"
                 texts.append("".join(request.args) if is_judged else request.args[0])
-                places.append((doc_id, 0 if is_judged else new_tokens(request.args[1]), is_judged))
+                # Of a judged answer the last token is predicted, not read; one without a prompt gets a start token.
+                read_less = is_judged and not (starts_bare and request.args[0] == "")
+                places.append((doc_id, 0 if is_judged else new_tokens(request.args[1]), read_less))
     found: dict[int, _Need] = {}
-    for (doc_id, new, is_judged), ids in zip(places, reader.ids(texts), strict=True):
-        # Of a judged answer the last token is predicted, not read.
-        need = _Need(length=len(ids) - is_judged, new=new)
+    for (doc_id, new, read_less), ids in zip(places, reader.ids(texts), strict=True):
+        need = _Need(length=len(ids) - read_less, new=new)
         if need.total > max(reader.max_length, found[doc_id].total if doc_id in found else 0):
             found[doc_id] = need
     return found
