@@ -72,7 +72,7 @@ def tally(
         wanted: As for `audit_metrics`.
 
     Returns:
-        `empty`: number of texts without a letter; and as far as they can be known: `no_answer` of the
+        `empty`: number of texts of nothing but spaces; and as far as they can be known: `no_answer` of the
         `answers_judged` documents, `wrong_language` of the `languages_judged` texts. A text too short to tell its
         language is not in a wrong one.
     """

@@ -46,7 +46,7 @@ class Texts:
 
     Attributes:
         truncated: Those that ran into the token limit.
-        empty: Those without a letter.
+        empty: Those of nothing but spaces.
         no_answer: Documents without an answer that could be read.
         wrong_language: Those in another language than asked for.
     """
