@@ -21,7 +21,7 @@ from evomerge.checkpoints.hashes import cache_folder, cached_sha256
 from evomerge.checkpoints.manifest import MANIFEST
 from evomerge.checkpoints.reader import CONFIG, DTYPES, Checkpoint, contained, read_json
 from evomerge.checkpoints.shards import TensorSpec
-from evomerge.checkpoints.tokenizer import tokenizer_files
+from evomerge.checkpoints.tokenizer import processor_files, tokenizer_files
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.errors import CheckpointError, EvomergeError
 
@@ -74,7 +74,7 @@ def _write(model: Checkpoint, adapter: Adapter, folder: Path, key: str) -> None:
             writer.copy(contained(model.folder, CONFIG))
         else:
             writer.add_json(CONFIG, {**model.config, "vocab_size": rows})
-        for file in [*_generation_config(model), *tokenizer_files(tokenizer)]:
+        for file in [*_others(model), *tokenizer_files(tokenizer)]:
             writer.copy(file)
         if _key(model, adapter) != key:
             raise CheckpointError(
@@ -98,7 +98,7 @@ def _key(model: Checkpoint, adapter: Adapter) -> str:
     """Hash of the files that the checkpoint is made from, wherever they lie."""
     digest = hashlib.sha256(f"{_FORMAT}\n{model.content_hash()}\n".encode())
     files = [
-        *_generation_config(model),
+        *_others(model),
         *tokenizer_files(model.folder),
         adapter.config_file,
         adapter.file,
@@ -112,9 +112,11 @@ def _key(model: Checkpoint, adapter: Adapter) -> str:
     return digest.hexdigest()[:32]
 
 
-def _generation_config(model: Checkpoint) -> list[Path]:
+def _others(model: Checkpoint) -> list[Path]:
+    """Files beside weights, config and tokenizer that the merged checkpoint keeps."""
     exists = (model.folder / _GENERATION_CONFIG).exists()
-    return [contained(model.folder, _GENERATION_CONFIG)] if exists else []
+    generation = [contained(model.folder, _GENERATION_CONFIG)] if exists else []
+    return [*generation, *processor_files(model.folder)]
 
 
 def _cache() -> Path:

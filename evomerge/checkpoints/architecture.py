@@ -49,14 +49,18 @@ class TensorRole:
     part: Part
 
 
-def classify(names: Iterable[str]) -> dict[str, TensorRole]:
-    """Return name -> role, sorted by name, for all tensors of one checkpoint.
+def classify(names: Iterable[str], container: str | None = None) -> dict[str, TensorRole]:
+    """Return name -> role, sorted by name, for all tensors of one checkpoint or of a module of it.
+
+    Args:
+        names: The names of the tensors.
+        container: What holds the layers, empty if there are none; None for the container of most tensors.
 
     Raises:
         ValueError: The layers are not numbered 0, 1, 2, ... without a gap.
     """
     names = sorted(set(names))
-    container, _ = _stack(names)
+    container, _ = _stack(names, container)
     roles = {}
     for name in names:
         prefix, number, rest = _split(name)
@@ -64,7 +68,7 @@ def classify(names: Iterable[str]) -> dict[str, TensorRole]:
             template = f"{prefix}.{{}}.{rest}"
             roles[name] = TensorRole(name=name, layer=number, template=template, part=_part_in_layer(rest))
         else:
-            roles[name] = TensorRole(name=name, layer=None, template=name, part=_part_outside(name))
+            roles[name] = TensorRole(name=name, layer=None, template=name, part=part_outside(name))
     return roles
 
 
@@ -125,8 +129,8 @@ def _split(name: str) -> tuple[str, int, str]:
     return name, 0, ""
 
 
-def _stack(names: list[str]) -> tuple[str, int]:
-    """The container that holds most tensors, and the number of its layers."""
+def _stack(names: list[str], container: str | None = None) -> tuple[str, int]:
+    """The container that holds most tensors, or the given one, and the number of its layers."""
     tensors: Counter[str] = Counter()
     numbers: dict[str, set[int]] = {}
     for name in names:
@@ -134,9 +138,10 @@ def _stack(names: list[str]) -> tuple[str, int]:
         if rest:
             tensors[prefix] += 1
             numbers.setdefault(prefix, set()).add(number)
-    if not tensors:
+    if container is None:
+        container = min(tensors, key=lambda found: (-tensors[found], found), default="")
+    if container not in numbers:
         return "", 0
-    container = min(tensors, key=lambda container: (-tensors[container], container))
     found = numbers[container]
     if missing := sorted(set(range(max(found) + 1)) - found):
         raise ValueError(
@@ -161,7 +166,8 @@ def _part_in_layer(rest: str) -> Part:
     return "other"
 
 
-def _part_outside(name: str) -> Part:
+def part_outside(name: str) -> Part:
+    """Tell the part of a tensor outside the layers from its name."""
     pieces = name.split(".")
     if any(_HEAD.search(piece) for piece in pieces):
         return "head"

@@ -111,12 +111,13 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **nested} if isinstance(nested, Mapping) else config
 
 
-def find_decoder(names: Iterable[str], config: Mapping[str, Any]) -> Decoder:
+def find_decoder(names: Iterable[str], config: Mapping[str, Any], *, alone: bool = True) -> Decoder:
     """Find the parts of a decoder.
 
     Args:
         names: The names of all its tensors.
-        config: The content of its `config.json`.
+        config: The content of its model's `config.json`.
+        alone: Whether it is all there is; a module of a larger model may attend to others.
 
     Raises:
         ValueError: The model is no single stack of decoder layers, or its config tells of another one; the
@@ -124,9 +125,9 @@ def find_decoder(names: Iterable[str], config: Mapping[str, Any]) -> Decoder:
     """
     names = sorted(set(names))
     roles = classify(names)
-    counted = _check_stack(names, roles)
+    counted = _check_stack(names, roles, alone=alone)
     text = text_config(config)
-    if config.get("is_encoder_decoder") is True:
+    if alone and config.get("is_encoder_decoder") is True:
         raise ValueError("expected a decoder only, but config.json says is_encoder_decoder: true")
     stated = {key: text[key] for key in LAYER_COUNT_KEYS if isinstance(text.get(key), int)}
     if stated and counted not in stated.values():
@@ -142,8 +143,11 @@ def find_decoder(names: Iterable[str], config: Mapping[str, Any]) -> Decoder:
             f"found no token embedding; outside the layers there are {_some([role.name for role in outside])}"
         )
     head = tuple(role.name for role in outside if role.part == "head")
-    tied = text.get("tie_word_embeddings")
-    if not head and tied is False:
+    # Of a nested config, models of several modules follow the outer part.
+    ties = [
+        part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None
+    ]
+    if not head and ties and True not in ties:
         raise ValueError(
             "config.json says tie_word_embeddings: false, but found no output head; outside the layers there "
             f"are {_some([role.name for role in outside])}"
@@ -156,7 +160,7 @@ def find_decoder(names: Iterable[str], config: Mapping[str, Any]) -> Decoder:
         embedding_norm=tuple(role.name for role in norms if before_layers(role)),
         final_norm=tuple(role.name for role in norms if not before_layers(role)),
         head=head,
-        tied=not head or tied is True,
+        tied=not head or ties[:1] == [True],
     )
 
 
@@ -186,15 +190,16 @@ def is_mlp_output(name: str) -> bool:
     return not is_attention and any(map(_WRITERS["mlp"].fullmatch, pieces))
 
 
-def _check_stack(names: Sequence[str], roles: Mapping[str, TensorRole]) -> int:
-    """Refuse all but one stack of layers that attend to themselves; return how many layers there are."""
+def _check_stack(names: Sequence[str], roles: Mapping[str, TensorRole], *, alone: bool) -> int:
+    """Refuse all but one stack of layers, which attend to themselves if alone; return how many there are."""
     counted = len({role.layer for role in roles.values()} - {None})
     if not counted:
         raise ValueError(f"found no numbered layers such as 'model.layers.0'; the tensors are {_some(names)}")
     if len(found := stacks(names)) > 1:
         listed = ", ".join(f"'{name}' of {count}" for name, count in found.items())
         raise ValueError(f"expected one stack of decoder layers, found several: {listed}")
-    if crossed := [role.name for role in roles.values() if _CROSS.search(role.template)]:
+    crossed = [role.name for role in roles.values() if _CROSS.search(role.template)] if alone else []
+    if crossed:
         raise ValueError(f"expected layers that attend only to themselves, found {_some(crossed)}")
     return counted
 

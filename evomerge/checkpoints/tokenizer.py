@@ -30,6 +30,14 @@ TOKENIZER_FILES: tuple[str, ...] = (
 )
 """Files that make up a tokenizer, as an export must carry them along."""
 
+PROCESSOR_FILES: tuple[str, ...] = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "normalizer.json",
+)
+"""Files that say how images, videos or sound become inputs of a model."""
+
 _NUM_EXAMPLES = 3
 
 
@@ -40,6 +48,15 @@ def tokenizer_files(folder: Path) -> list[Path]:
         CheckpointError: One of them leads out of the folder.
     """
     return [contained(folder, name) for name in TOKENIZER_FILES if _has(folder, name)]
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """Return the files in a model's folder that say how inputs other than texts are prepared.
+
+    Raises:
+        CheckpointError: One of them leads out of the folder.
+    """
+    return [contained(folder, name) for name in PROCESSOR_FILES if _has(folder, name)]
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

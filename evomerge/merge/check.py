@@ -108,9 +108,6 @@ def _head_faults(recipe: Recipe) -> Iterator[Fault]:
         if value is not None and value not in DTYPES:
             reason = f"expected one of {', '.join(DTYPES)}, got {value!r}{nearest(value, DTYPES)}"
             yield recipe.fault((key,), reason)
-    if recipe.modules is not None and len(recipe.modules) > 1:
-        found = ", ".join(recipe.modules)
-        yield recipe.fault(("modules",), f"models of several modules are not supported yet; got {found}")
 
 
 def _value_faults(

@@ -54,6 +54,11 @@ def check_compatible(checkpoint: Checkpoint, donor: Checkpoint, donor_name: str,
     Raises:
         CheckpointError: Says in what they differ.
     """
+    if fault := _no_decoder(checkpoint):
+        reason = f"{fault}; a search takes plain language models, only `evomerge merge` takes others"
+        raise CheckpointError(Fault(path="", reason=reason))
+    if _no_decoder(donor):
+        return  # told where the donor itself is checked
     for key in ("model_type", "architectures"):
         found, expected = checkpoint.config.get(key), donor.config.get(key)
         if found != expected:
@@ -69,6 +74,15 @@ def check_compatible(checkpoint: Checkpoint, donor: Checkpoint, donor_name: str,
             f"its vocabulary differs from that of {donor_name}: {words}; models must share one vocabulary"
         )
         raise CheckpointError(Fault(path="", reason=reason))
+
+
+def _no_decoder(checkpoint: Checkpoint) -> str | None:
+    """Why a model is no decoder and nothing else, or None if it is one."""
+    try:
+        layout_of(checkpoint)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def differing_keys(checkpoint: Checkpoint, donor: Checkpoint) -> list[str]:
@@ -122,11 +136,9 @@ _Shapes = frozenset[tuple[str, tuple[int, ...]]]
 
 def _layers(checkpoint: Checkpoint) -> Iterator[tuple[int | None, _Shapes]]:
     """Layer, or None outside the layers, and the shapes of its tensors by the template of their names."""
-    try:
-        layout = layout_of(checkpoint)
-    except ValueError as error:
-        raise CheckpointError(Fault(path="", reason=str(error))) from None
-    for number, roles in sorted(layout.items(), key=lambda item: -1 if item[0] is None else item[0]):
+    for number, roles in sorted(
+        layout_of(checkpoint).items(), key=lambda item: -1 if item[0] is None else item[0]
+    ):
         yield (
             number,
             frozenset(

@@ -2,7 +2,7 @@
 
     models ─► one vocabulary ─► plan ─┬─► weight files      streaming.py
                                       ├─► config            config.py
-                                      ├─► tokenizer         vocabulary.py
+                                      ├─► tokenizer         vocabulary.py, the donor's processor files
                                       └─► recipe, card      card.py
 
 The folder is an ordinary Hugging Face checkpoint: weights, config, generation config, tokenizer, a model
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from evomerge.checkpoints.reader import Checkpoint, read_json
+from evomerge.checkpoints.tokenizer import processor_files
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.errors import CheckpointError, ConfigurationError, Fault
 from evomerge.merge.card import model_card, recipes_text
@@ -55,7 +56,7 @@ def export_model(
         memory_budget: Bytes of weights in memory at once, sources included, or None for no limit.
         device: Where the merge is computed, as torch names it.
         merges: Recipes of the merges that this one names as its models; they go along with it.
-        warn: Called with what is unusual about tokenizers.
+        warn: Called with what is unusual about tokenizers and modules.
         progress: Called with (bytes merged, bytes in all).
 
     Raises:
@@ -66,10 +67,10 @@ def export_model(
     """
     _check_device(device)
     aligned = align_vocabularies(recipe, checkpoints)
-    for warning in aligned.warnings:
-        warn(warning)
     sources = aligned.checkpoints
     plan = plan_merge(recipe, sources)
+    for warning in (*aligned.warnings, *plan.warnings):
+        warn(warning)
     for name, checkpoint in checkpoints.items():
         _check_tied_heads(name, checkpoint)
     config = aligned.config_changes(merged_config(plan, sources))
@@ -82,6 +83,8 @@ def export_model(
         if (donor / GENERATION_CONFIG).exists():
             writer.add_json(GENERATION_CONFIG, aligned.config_changes(read_json(donor, GENERATION_CONFIG)))
         aligned.write_tokenizer(writer)
+        for file in processor_files(donor):
+            writer.copy(file)
         writer.add_text(RECIPE, recipes_text(recipe, merges))
         writer.add_text("README.md", model_card(recipe, checkpoints, merges=merges))
         writer.commit()

@@ -46,11 +46,12 @@ def load_recipe(path: Path) -> LoadedRecipe:
     warnings = check_recipe(recipe)
     checkpoints = open_models(recipe, path.resolve().parent)
     aligned = align_vocabularies(recipe, checkpoints)
+    plan = plan_merge(recipe, aligned.checkpoints)
     return LoadedRecipe(
         recipe=recipe,
         checkpoints=checkpoints,
-        plan=plan_merge(recipe, aligned.checkpoints),
-        warnings=(*warnings, *aligned.warnings),
+        plan=plan,
+        warnings=(*warnings, *aligned.warnings, *plan.warnings),
     )
 
 

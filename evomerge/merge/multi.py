@@ -22,7 +22,7 @@ from evomerge.checkpoints.hashes import cached_sha256
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.reference import ModelReference
 from evomerge.checkpoints.staging import StagingFolder
-from evomerge.checkpoints.tokenizer import tokenizer_files
+from evomerge.checkpoints.tokenizer import processor_files, tokenizer_files
 from evomerge.checkpoints.writer import refuse_if_occupied, verify_manifest
 from evomerge.errors import CheckpointError, ConfigurationError, Fault, RefusedError
 from evomerge.merge.card import recipes_text
@@ -167,7 +167,8 @@ def _origin(text: str, models: Mapping[str, Checkpoint]) -> str:
     hashes = {}
     for name, checkpoint in models.items():
         hashes[name] = {"weights": checkpoint.content_hash()}
-        others = [*tokenizer_files(checkpoint.folder), checkpoint.folder / GENERATION_CONFIG]
+        files = (*tokenizer_files(checkpoint.folder), *processor_files(checkpoint.folder))
+        others = [*files, checkpoint.folder / GENERATION_CONFIG]
         hashes[name] |= {file.name: cached_sha256(file) for file in others if file.exists()}
     content = {"evomerge": version("evomerge-recipes"), "recipes": text, "models": hashes}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

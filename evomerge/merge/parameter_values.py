@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from evomerge.errors import ConfigurationError
 from evomerge.merge.methods import Method, Parameter, Scope
-from evomerge.recipe import InputSlice, Module, OutputSlice, Parameters, Recipe, evaluate
+from evomerge.recipe import InputSlice, OutputSlice, Parameters, Recipe, evaluate
 
 Values = Mapping[str, bool | int | float | None]
 
@@ -34,18 +34,18 @@ class _Settings:
 
 
 class ParameterValues:
-    """Looks up parameters for the tensors of one recipe.
+    """Looks up parameters for the tensors of one module.
 
     Args:
         recipe: The recipe.
-        method: Its method.
+        method: The method that merges them.
+        outer: What is set for all of them, nearest first: by the module and by the recipe.
     """
 
-    def __init__(self, recipe: Recipe, method: Method) -> None:
+    def __init__(self, recipe: Recipe, method: Method, outer: Sequence[Parameters]) -> None:
         self._recipe = recipe
         self._method = method
-        ((_, holder),) = recipe.modules_or_self()
-        self._module = holder if isinstance(holder, Module) else None
+        self._outer = outer
         # Planning asks for every tensor, and most settings are the same for all tensors of a slice.
         self._known: dict[tuple[int, int | None, int | None], _Settings] = {}
 
@@ -81,11 +81,8 @@ class ParameterValues:
             {Scope.RECIPE} if index is None else {Scope.MODEL, *([Scope.NON_BASE] if index != base else [])}
         )
         parameters = [parameter for parameter in self._method.parameters if parameter.scope in scopes]
-        levels = [
-            level.parameters
-            for level in (source, piece, self._module, self._recipe)
-            if level is not None and level.parameters
-        ]
+        own = [level.parameters for level in (source, piece) if level is not None and level.parameters]
+        levels = [*own, *self._outer]
         fixed = None
         if all(_is_fixed(parameter, levels) for parameter in parameters):
             fixed = {item.name: self._value(item, levels, source, "", 0.0) for item in parameters}

@@ -11,12 +11,13 @@ from typing import Any
 
 from evomerge.checkpoints.architecture import TensorRole, before_layers, layer_name
 from evomerge.checkpoints.decoder import text_config
+from evomerge.checkpoints.modules import DEFAULT, TEXT_DECODER
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError, ConfigurationError, Fault, nearest
-from evomerge.merge.layout import Layout, layout_of
 from evomerge.merge.methods import METHODS, Method
+from evomerge.merge.output_modules import ModelModules, OutputModule
 from evomerge.merge.parameter_values import ParameterValues
-from evomerge.recipe import InputModel, InputSlice, OutputSlice, Recipe
+from evomerge.recipe import OutputSlice, Recipe
 
 MAX_FAULTS = 20
 """Models of different architectures disagree in every tensor; the first faults tell enough."""
@@ -55,23 +56,44 @@ class TensorPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModulePlan:
+    """A module of the merged model.
+
+    Attributes:
+        name: Its name, `default` for the only one.
+        layers: For every layer, the model and layer it stems from in the first place: the base's, or the
+            first source's.
+    """
+
+    name: str
+    layers: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergePlan:
     """The operations of a recipe.
 
     Attributes:
         tensors: One plan per output tensor, sorted by name.
-        layers: For every layer of the merged model, the model and layer it stems from in the first place:
-            the base's, or the first source's.
-        donor: The model that gives config and tokenizer: the base, or the first model.
+        modules: The modules of the merged model.
+        donor: The model that gives config and tokenizer: the first with all modules, the base before others.
+        warnings: What is unusual but not wrong.
     """
 
     tensors: tuple[TensorPlan, ...]
-    layers: tuple[tuple[str, int], ...]
+    modules: tuple[ModulePlan, ...]
     donor: str
+    warnings: tuple[Fault, ...]
+
+    @property
+    def layers(self) -> tuple[tuple[str, int], ...]:
+        """The layers of the language model, if it is a module, else of all modules."""
+        main = [module for module in self.modules if module.name in (DEFAULT, TEXT_DECODER)]
+        return tuple(layer for module in main or self.modules for layer in module.layers)
 
     @property
     def num_layers(self) -> int:
-        """Number of layers of the merged model."""
+        """Number of these layers."""
         return len(self.layers)
 
     @property
@@ -99,75 +121,51 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
 
     Raises:
         CheckpointError: The models do not fit together; names tensors, models and shapes.
-        ConfigurationError: A parameter has no value for some tensor.
+        ConfigurationError: A parameter has no value for some tensor, or the recipe names an unknown module.
     """
-    planner = _Planner(recipe, checkpoints)
-    tensors = tuple(sorted(planner.tensors(), key=lambda tensor: tensor.name))
-    if planner.faults:
-        raise CheckpointError(planner.faults[:MAX_FAULTS])
+    models = ModelModules(recipe, checkpoints)
+    modules = models.output_modules()
+    planned: list[TensorPlan] = []
+    faults: list[Fault] = []
+    for module in modules:
+        planner = _Planner(recipe, checkpoints, module, models.donor)
+        planned += planner.tensors()
+        faults += planner.faults
+    if faults:
+        raise CheckpointError(faults[:MAX_FAULTS])
+    tensors = tuple(sorted(planned, key=lambda tensor: tensor.name))
     if faults := list(_scale_faults(recipe, tensors)):
         raise ConfigurationError(faults[:MAX_FAULTS])
-    return MergePlan(tensors=tensors, layers=tuple(planner.layers()), donor=planner.donor)
+    return MergePlan(
+        tensors=tensors,
+        modules=tuple(ModulePlan(name=module.name, layers=module.layers) for module in modules),
+        donor=models.donor,
+        warnings=tuple(_left_out(recipe, modules, models.donor)),
+    )
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Plans the tensors of one module."""
+
+    def __init__(
+        self, recipe: Recipe, checkpoints: Mapping[str, Checkpoint], module: OutputModule, donor: str
+    ) -> None:
         self.recipe = recipe
         self.checkpoints = checkpoints
-        self.method = METHODS[recipe.merge_method]
-        self.faults: list[Fault] = []
-        self.layouts: dict[str, Layout] = {}
-        for name in recipe.model_names:
-            try:
-                self.layouts[name] = layout_of(checkpoints[name])
-            except ValueError as error:
-                raise CheckpointError(Fault(path=name, reason=str(error))) from None
-        self.parameters = ParameterValues(recipe, self.method)
+        self.layouts = module.layouts
+        self.pieces = module.pieces
+        self.method = METHODS["passthrough" if module.is_left_out else recipe.merge_method]
+        self.parameters = ParameterValues(recipe, self.method, module.parameters)
         self.rescales = {scale.tensor: (scale.factor, scale.offset) for scale in recipe.evomerge.scales}
-        self.pieces = self.output_slices()
-        self.donor = recipe.base_model or self.pieces[0].sources[0].model
-
-    def output_slices(self) -> list[OutputSlice]:
-        """The recipe in the `slices` form: whole models become one slice, the base added to it."""
-        ((_, holder),) = self.recipe.modules_or_self()
-        if holder.slices is not None:
-            return list(holder.slices)
-        models = list(holder.models or [])
-        base = self.recipe.base_model
-        if base is not None and all(model.model != base for model in models):
-            models.append(InputModel(model=base))
-        depths = {model.model: self.depth_of(model.model) for model in models}
-        if len(set(depths.values())) > 1:
-            found = ", ".join(f"{name} {depth}" for name, depth in depths.items())
-            raise CheckpointError(
-                self.recipe.fault(("models",), f"the models differ in their number of layers: {found}")
-            )
-        sources = [
-            InputSlice(model=model.model, layer_range=(0, depths[model.model]), parameters=model.parameters)
-            for model in models
-        ]
-        return [OutputSlice(sources=sources)]
-
-    def depth_of(self, model: str) -> int:
-        return sum(layer is not None for layer in self.layouts[model])
-
-    def layers(self) -> Iterator[tuple[str, int]]:
-        for piece in self.pieces:
-            base = piece.base_model or self.recipe.base_model
-            source = next((source for source in piece.sources if source.model == base), piece.sources[0])
-            for layer in range(*source.layer_range):
-                yield source.model, layer
+        self.names = {
+            key: role.template for roles in module.layouts[donor].values() for key, role in roles.items()
+        }
+        self.faults: list[Fault] = []
 
     def tensors(self) -> Iterator[TensorPlan]:
         yield from self.outside_layers(self.pieces[0], before=True)
         out_layer = 0
-        for number, piece in enumerate(self.pieces):
-            for source in piece.sources:
-                depth = self.depth_of(source.model)
-                if source.layer_range[1] > depth:
-                    path = ("slices", number, "sources")
-                    reason = f"{source.model} has {depth} layers, got layer_range {list(source.layer_range)}"
-                    raise CheckpointError(self.recipe.fault(path, reason))
+        for piece in self.pieces:
             for offset in range(piece.num_layers):
                 place = _Place(
                     piece=piece,
@@ -224,7 +222,8 @@ class _Planner:
             (source.model, self.roles_at(place, index)[template].name)
             for index, source in enumerate(piece.sources)
         )
-        name = template if place.out_layer is None else layer_name(template, place.out_layer)
+        own_name = self.names.get(template, self.roles_at(place, 0)[template].template)
+        name = own_name if place.out_layer is None else layer_name(own_name, place.out_layer)
         infos = [self.checkpoints[model].tensors[tensor] for model, tensor in inputs]
         if len({info.shape for info in infos}) > 1:
             found = ", ".join(
@@ -232,9 +231,8 @@ class _Planner:
             )
             self.faults.append(Fault(path=name, reason=f"the models differ in its shape: {found}"))
             return None
-        base_name = piece.base_model or self.recipe.base_model
         models = [model for model, _ in inputs]
-        base = models.index(base_name) if base_name in models else None
+        base = models.index(piece.base_model) if piece.base_model in models else None
         is_float = all(info.dtype in TORCH_DTYPES for info in infos)
         native = TORCH_DTYPES.get(infos[base or 0].dtype)
         return TensorPlan(
@@ -252,6 +250,13 @@ class _Planner:
             seed=self.recipe.evomerge.seed,
             rescale=self.rescales.get(name),
         )
+
+
+def _left_out(recipe: Recipe, modules: Sequence[OutputModule], donor: str) -> Iterator[Fault]:
+    names = [module.name for module in modules if module.is_left_out]
+    if names:
+        reason = f"does not speak of {', '.join(names)}, so the merged model gets {donor}'s as they are"
+        yield recipe.fault(("modules",), f"{reason}; mergekit would write a model without them")
 
 
 def _scale_faults(recipe: Recipe, tensors: Sequence[TensorPlan]) -> Iterator[Fault]:

@@ -24,10 +24,11 @@ from evomerge.checkpoints.tokenizer import difference, in_words, same_vocabulary
 from evomerge.checkpoints.tokenizer_build import OutputTokenizer
 from evomerge.checkpoints.writer import CheckpointWriter
 from evomerge.errors import CheckpointError, ConfigurationError, Fault, nearest
+from evomerge.merge.output_modules import ModelModules
 from evomerge.merge.token_ids import IdChanges
-from evomerge.merge.vocabulary_plan import VocabularyPlanner, outer_slices
+from evomerge.merge.vocabulary_plan import VocabularyPlanner
 from evomerge.merge.vocabulary_rows import vocabulary_of
-from evomerge.recipe import Recipe, TokenizerSettings
+from evomerge.recipe import OutputSlice, Recipe, TokenizerSettings
 
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
 
@@ -68,21 +69,22 @@ def align_vocabularies(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) ->
         CheckpointError: Vocabularies differ and the recipe does not say what to do, or a tokenizer cannot be used.
         ConfigurationError: The recipe asks for a model, token or chat template that does not exist.
     """
-    donor = recipe.base_model or next(source.model for _, source in recipe.inputs())
+    modules = ModelModules(recipe, checkpoints)
+    donor, pieces = modules.donor, modules.language_model()
     names = tuple(dict.fromkeys((donor, *recipe.model_names)))
     template = _chat_template(recipe, [checkpoints[name] for name in names])
     settings = recipe.tokenizer
     if recipe.tokenizer_source is not None:
         settings = TokenizerSettings(source=recipe.tokenizer_source)
     if settings is None:
-        _check_alike(recipe, checkpoints, donor)
+        _check_alike(recipe, checkpoints, donor, pieces)
         tokenizer = OutputTokenizer(
             folder=checkpoints[donor].folder, content=None, ids={}, chat_template=template
         )
         known = vocabulary(tokenizer.folder) if template else None
         warnings = _template_warnings(recipe, template, known)
         return AlignedModels(checkpoints=checkpoints, tokenizer=tokenizer, ids=None, warnings=warnings)
-    planner = VocabularyPlanner(recipe, settings, {name: checkpoints[name] for name in names}, donor)
+    planner = VocabularyPlanner(recipe, settings, {name: checkpoints[name] for name in names}, donor, pieces)
     tokenizer = planner.tokenizer(template)
     aligned = {**checkpoints, **planner.aligned(tokenizer.ids)}
     ids = planner.id_changes(tokenizer.ids)
@@ -98,7 +100,9 @@ def align_vocabularies(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) ->
     return AlignedModels(checkpoints=aligned, tokenizer=tokenizer, ids=ids, warnings=warnings)
 
 
-def _check_alike(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str) -> None:
+def _check_alike(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: str, pieces: Sequence[OutputSlice]
+) -> None:
     """Refuse models whose rows of the same number belong to different tokens, or that differ in rows."""
     folder = checkpoints[donor].folder
     for name in recipe.model_names:
@@ -109,16 +113,17 @@ def _check_alike(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], donor: s
                 "unless the recipe says tokenizer_source: union (or base, or one of the models)"
             )
             raise CheckpointError(Fault(path=name, reason=reason))
-    first, last = outer_slices(recipe)
     shapes: dict[str, str] = {}
     sizes: set[int] = set()
-    for name in dict.fromkeys((*first.models, *last.models)):
+    for name in dict.fromkeys(
+        source.model for piece in (*pieces[:1], *pieces[-1:]) for source in piece.sources
+    ):
         try:
             found_rows = vocabulary_of(name, checkpoints[name])
         except CheckpointError:
             # No decoder, or a config at odds with its tensors: planning tells.
             return
-        embedding = next(iter(found_rows.embeddings))
+        embedding = found_rows.names[next(iter(found_rows.embeddings))]
         shapes[name] = f"{name} {list(checkpoints[name].tensors[embedding].shape)}"
         sizes.add(found_rows.num_rows)
     if len(sizes) > 1:

@@ -10,7 +10,6 @@ recipe's, the donor of the config first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from evomerge.checkpoints.decoder import text_config
 from evomerge.checkpoints.reader import Checkpoint
@@ -32,32 +31,8 @@ from evomerge.merge.vocabulary_rows import (
     RowPlan,
     vocabulary_of,
 )
-from evomerge.recipe import Module, Recipe, TokenizerSettings, TokenRow, ZeroRow
+from evomerge.recipe import OutputSlice, Recipe, TokenizerSettings, TokenRow, ZeroRow
 from evomerge.yaml_file import FieldPath
-
-
-@dataclass(frozen=True, kw_only=True)
-class SliceModels:
-    """The models of one slice, its base model among them if it takes part there."""
-
-    models: tuple[str, ...]
-    base: str | None
-
-
-def outer_slices(recipe: Recipe) -> tuple[SliceModels, SliceModels]:
-    """The models that give the embedding and those that give the head."""
-    holders = [holder for _, holder in recipe.modules_or_self()]
-    return _slice_models(recipe, holders[0], 0), _slice_models(recipe, holders[-1], -1)
-
-
-def _slice_models(recipe: Recipe, holder: Recipe | Module, number: int) -> SliceModels:
-    if holder.slices is not None:
-        piece = holder.slices[number]
-        names = [source.model for source in piece.sources]
-        return SliceModels(models=tuple(dict.fromkeys(names)), base=piece.base_model or recipe.base_model)
-    names = [model.model for model in holder.models or []]
-    names += [recipe.base_model] if recipe.base_model is not None else []
-    return SliceModels(models=tuple(dict.fromkeys(names)), base=recipe.base_model)
 
 
 class VocabularyPlanner:
@@ -68,6 +43,7 @@ class VocabularyPlanner:
         settings: Its `tokenizer`, or what its `tokenizer_source` stands for.
         checkpoints: Its models, in the order in which their tokens are added.
         donor: The model that gives the config.
+        pieces: The slices of the merged language model.
 
     Attributes:
         place: Where the recipe says it.
@@ -78,13 +54,19 @@ class VocabularyPlanner:
     """
 
     def __init__(
-        self, recipe: Recipe, settings: TokenizerSettings, checkpoints: Mapping[str, Checkpoint], donor: str
+        self,
+        recipe: Recipe,
+        settings: TokenizerSettings,
+        checkpoints: Mapping[str, Checkpoint],
+        donor: str,
+        pieces: Sequence[OutputSlice],
     ) -> None:
         self.recipe = recipe
         self.settings = settings
         self.tokens = settings.tokens or {}
         self.checkpoints = checkpoints
         self.donor = donor
+        self.pieces = pieces
         self.place: FieldPath = ("tokenizer_source",) if recipe.tokenizer is None else ("tokenizer", "source")
         self.start = donor if settings.source in ("union", "base") else settings.source
         if self.start not in checkpoints:
@@ -180,14 +162,13 @@ class VocabularyPlanner:
         Raises:
             CheckpointError: A model has another table with rows for tokens, which cannot follow.
         """
-        first, last = outer_slices(self.recipe)
         made: dict[str, dict[str, AlignedTensor]] = {name: {} for name in self.checkpoints}
-        embeddings = {name for found in self.vocabularies.values() for name in found.embeddings}
-        heads = {name for found in self.vocabularies.values() for name in found.heads}
-        for names, piece in ((embeddings, first), (heads - embeddings, last)):
-            for name in sorted(names):
-                for model, tensor in self._align(name, piece, ids):
-                    made[model][name] = tensor
+        embeddings = {key for found in self.vocabularies.values() for key in found.embeddings}
+        heads = {key for found in self.vocabularies.values() for key in found.heads}
+        for keys, piece in ((embeddings, self.pieces[0]), (heads - embeddings, self.pieces[-1])):
+            for key in sorted(keys):
+                for model, tensor in self._align(key, piece, ids):
+                    made[model][tensor.name] = tensor
         for model, found in self.vocabularies.items():
             for head, embedding in found.copies.items():
                 made[model].pop(head, None)
@@ -203,11 +184,15 @@ class VocabularyPlanner:
         }
 
     def _align(
-        self, name: str, piece: SliceModels, ids: Mapping[str, int]
+        self, key: str, piece: OutputSlice, ids: Mapping[str, int]
     ) -> Iterator[tuple[str, AlignedTensor]]:
         """One tensor in every model that stores it, where its rows change."""
-        givers = {model: found.axes[name] for model, found in self.vocabularies.items() if name in found.axes}
-        members = [model for model in piece.models if model in givers]
+        givers = {
+            model: (found.names[key], found.axes[key])
+            for model, found in self.vocabularies.items()
+            if key in found.axes
+        }
+        members = [model for model in dict.fromkeys(s.model for s in piece.sources) if model in givers]
         own: dict[str, dict[int, int]] = {model: {} for model in givers}
         given: dict[str, dict[int, tuple[RowId, ...]]] = {model: {} for model in givers}
         zero, mean = [], []
@@ -219,7 +204,7 @@ class VocabularyPlanner:
                 for model, row in keepers.items():
                     own[model][number] = row
                 continue
-            parts = self._parts(token, [(m, holders[m]) for m in members if m in holders], piece.base)
+            parts = self._parts(token, [(m, holders[m]) for m in members if m in holders], piece.base_model)
             for model in givers:
                 if model in keepers:
                     own[model][number] = keepers[model]
@@ -231,11 +216,11 @@ class VocabularyPlanner:
                 elif len(parts) > 1:
                     mean.append(token)
         if zero:
-            self._note(f"{in_words(zero)}: no model that gives {name} has them, so their rows there are zero")
+            self._note(f"{in_words(zero)}: no model that gives {key} has them, so their rows there are zero")
         if mean:
-            self._note(f"{in_words(mean)}: models without them get the mean of the others' rows of {name}")
+            self._note(f"{in_words(mean)}: models without them get the mean of the others' rows of {key}")
         num_rows = self.num_rows(ids)
-        for model, axis in givers.items():
+        for model, (name, axis) in givers.items():
             plan = RowPlan(num_rows=num_rows, own=own[model], given=given[model])
             if not plan.keeps(self.vocabularies[model].num_rows):
                 yield model, AlignedTensor(name=name, axis=axis, rows=plan, others=givers)

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from evomerge.checkpoints.decoder import find_decoder, text_config
+from evomerge.checkpoints.decoder import text_config
+from evomerge.checkpoints.modules import DEFAULT, TEXT_DECODER, shared_template
 from evomerge.checkpoints.reader import DTYPES, Checkpoint
 from evomerge.errors import CheckpointError, Fault
-from evomerge.merge.layout import tied_heads
+from evomerge.merge.layout import decoder_of, modules_of, tied_heads
 from evomerge.merge.plan import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -36,19 +37,21 @@ class Vocabulary:
     Attributes:
         num_rows: Their number of rows: the model's vocabulary size, which may be larger than the number of
             its tokens.
-        embeddings: Name of what tokens are looked up in -> the axis of its rows.
-        heads: Name of the output head's weight or bias -> the axis of its rows.
-        copies: Output head -> embedding, for stored heads that the model ties to it.
+        names: What a tensor is called in all models of its kind -> its name in this one.
+        embeddings: What tokens are looked up in, as all models call it -> the axis of its rows.
+        heads: The output head's weight or bias, likewise -> the axis of its rows.
+        copies: Output head -> embedding, by their names, for stored heads that the model ties to it.
     """
 
     num_rows: int
+    names: Mapping[str, str]
     embeddings: Mapping[str, int]
     heads: Mapping[str, int]
     copies: Mapping[str, str]
 
     @property
     def axes(self) -> dict[str, int]:
-        """Name of either -> the axis of its rows."""
+        """Either, as all models call it -> the axis of its rows."""
         return {**self.embeddings, **self.heads}
 
 
@@ -63,25 +66,32 @@ def vocabulary_of(name: str, checkpoint: Checkpoint) -> Vocabulary:
         CheckpointError: The config does not state the size of the vocabulary, or no embedding has it.
     """
     try:
-        decoder = find_decoder(checkpoint.tensors, checkpoint.config)
+        decoder = decoder_of(checkpoint)
         copies = tied_heads(checkpoint)
+        modules = modules_of(checkpoint)
     except ValueError as error:
         raise CheckpointError(Fault(path=name, reason=str(error))) from None
+    if decoder is None:
+        reason = f"has no language model by itself whose tokens could be told, only {', '.join(modules)}"
+        raise CheckpointError(Fault(path=name, reason=reason))
+    module = DEFAULT if DEFAULT in modules else TEXT_DECODER
     size = text_config(checkpoint.config).get(VOCABULARY_SIZE)
     shapes = {
         tensor: checkpoint.tensors[tensor].shape for tensor in (*decoder.token_embeddings, *decoder.head)
     }
-    axes = {tensor: shape.index(size) for tensor, shape in shapes.items() if size in shape}
-    embeddings = {tensor: axes[tensor] for tensor in decoder.token_embeddings if tensor in axes}
+    names = {shared_template(module, tensor): tensor for tensor, shape in shapes.items() if size in shape}
+    axes = {key: shapes[tensor].index(size) for key, tensor in names.items()}
+    embeddings = {key: axis for key, axis in axes.items() if names[key] in decoder.token_embeddings}
     if not embeddings or type(size) is not int:
         found = ", ".join(f"{tensor} {list(shape)}" for tensor, shape in shapes.items())
         reason = f"expected {VOCABULARY_SIZE} to be the number of rows of the embedding, got {size!r}; "
         raise CheckpointError(Fault(path=f"{name}: config.json", reason=f"{reason}found {found}"))
     return Vocabulary(
         num_rows=size,
+        names=names,
         embeddings=embeddings,
-        heads={tensor: axes[tensor] for tensor in decoder.head if tensor in axes},
-        copies={head: embedding for head, embedding in copies.items() if embedding in axes},
+        heads={key: axis for key, axis in axes.items() if names[key] in decoder.head},
+        copies={head: embedding for head, embedding in copies.items() if embedding in names.values()},
     )
 
 
@@ -123,13 +133,13 @@ class AlignedTensor:
         name: The tensor's name.
         axis: Its axis of rows.
         rows: Its rows.
-        others: Model -> axis of the rows of its tensor of that name.
+        others: Model -> its tensor of that kind, and the axis of its rows.
     """
 
     name: str
     axis: int
     rows: RowPlan
-    others: Mapping[str, int]
+    others: Mapping[str, tuple[str, int]]
 
 
 class AlignedCheckpoint(Checkpoint):
@@ -207,7 +217,7 @@ class AlignedCheckpoint(Checkpoint):
     def _dtype(self, made: AlignedTensor) -> str:
         """The type, as safetensors names it, that holds the rows without loss."""
         models = sorted({model for parts in made.rows.given.values() for model, _ in parts})
-        dtypes = {self._peers[model].tensors[made.name].dtype for model in models}
+        dtypes = {self._peers[model].tensors[made.others[model][0]].dtype for model in models}
         dtypes.add(self._inner.tensors[made.name].dtype)
         for dtype in sorted(dtypes - TORCH_DTYPES.keys()):
             path = f"{self._inner.folder}: {made.name}"
@@ -251,9 +261,10 @@ class AlignedCheckpoint(Checkpoint):
             for model, row in parts:
                 places.setdefault(model, []).append((place, row))
         for model, found in places.items():
-            theirs = self._peers[model].tensor(made.name).movedim(made.others[model], 0)
+            name, axis = made.others[model]
+            theirs = self._peers[model].tensor(name).movedim(axis, 0)
             rows[_index(place for place, _ in found)] += theirs[_index(row for _, row in found)].float()
-            self._peers[model].release(made.name)
+            self._peers[model].release(name)
         counts = torch.tensor([max(1, len(parts)) for parts in given])
         return rows / counts.reshape(-1, *(1 for _ in shape))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
+from evomerge.checkpoints.modules import DEFAULT, TEXT_DECODER
 from evomerge.checkpoints.reader import DTYPES, Checkpoint
+from evomerge.merge.layout import depth_of, modules_of
 from evomerge.plan.records import ModelEntry
 from evomerge.spaces.base import ModelSize
-from evomerge.spaces.limits import size_of
 
 
 def model_entry(name: str, checkpoint: Checkpoint) -> ModelEntry:
@@ -17,13 +19,15 @@ def model_entry(name: str, checkpoint: Checkpoint) -> ModelEntry:
         name: What to call it.
         checkpoint: The model.
     """
-    size = size_of(checkpoint)
+    modules = modules_of(checkpoint)
+    roles = [role for layout in modules.values() for layer in layout.values() for role in layer.values()]
+    main = [layout for module, layout in modules.items() if module in (DEFAULT, TEXT_DECODER)]
     return ModelEntry(
         name=name,
-        parameters=num_parameters(size),
+        parameters=sum(math.prod(checkpoint.tensors[role.name].shape) for role in roles),
         dtype=dtype_of(checkpoint),
         bytes=checkpoint.nbytes,
-        layers=len(size.layers),
+        layers=sum(depth_of(layout) for layout in main or modules.values()),
     )
 
 

@@ -86,6 +86,7 @@ def plan_recipe(loaded: LoadedRecipe, *, measured: Measure = measure) -> RecipeP
             dtype=dtypes.most_common(1)[0][0],
             bytes=written,
             layers=loaded.plan.num_layers,
+            modules={module.name: len(module.layers) for module in loaded.plan.modules},
             tensors=len(prepared),
             shards=len(shards),
         ),

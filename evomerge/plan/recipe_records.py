@@ -5,6 +5,7 @@ Sizes are in bytes, times in seconds. docs/plan.md describes every field.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evomerge.plan.records import Machine, ModelEntry, Span
@@ -18,7 +19,8 @@ class ResultEntry:
         parameters: Number of its parameters.
         dtype: Type they are written in; the most frequent of several.
         bytes: Size of its weight files.
-        layers: Number of its layers.
+        layers: Number of its layers, those of its language model if it has several modules.
+        modules: Its modules -> number of their layers; the only one is called `default`.
         tensors: Number of its tensors.
         shards: Number of its weight files.
     """
@@ -27,6 +29,7 @@ class ResultEntry:
     dtype: str
     bytes: int
     layers: int
+    modules: Mapping[str, int]
     tensors: int
     shards: int
 

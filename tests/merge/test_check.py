@@ -193,10 +193,11 @@ def test_only_types_a_model_can_be_written_in_are_known(key: str) -> None:
     assert "did you mean 'bfloat16'" in fault
 
 
-def test_several_modules_are_refused() -> None:
-    module = "{models: [{model: a}]}"
-    (fault,) = faults(f"modules: {{x: {module}, y: {module}}}\nmerge_method: passthrough")
-    assert "models of several modules are not supported yet; got x, y" in fault
+def test_every_module_is_checked() -> None:
+    one, two = "{models: [{model: a}]}", "{models: [{model: a}, {model: b, parameters: {scale: x}}]}"
+    first, second = faults(f"modules: {{x: {one}, y: {two}}}\nmerge_method: passthrough")
+    assert "modules.y.models.1.parameters.scale: expected a number, got 'x'" in first
+    assert "modules.y.models: passthrough takes at most 1 model; got a, b" in second
 
 
 def test_every_fault_comes_at_once() -> None:
