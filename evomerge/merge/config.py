@@ -69,7 +69,10 @@ def merged_config(plan: MergePlan, checkpoints: Mapping[str, Checkpoint]) -> dic
             _refuse_rules(section, plan.donor, module, sections)
     dtypes = {tensor.dtype for tensor in plan.tensors if tensor.dtype is not None}
     if len(dtypes) == 1:
-        merged["dtype"] = merged["torch_dtype"] = dtypes.pop()
+        merged["dtype"] = merged["torch_dtype"] = dtype = dtypes.pop()
+        for part in merged.values():
+            if isinstance(part, dict):
+                part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
     return merged
 
 

@@ -82,13 +82,14 @@ class ModelModules:
                 self._models[model] = {
                     TEXT_DECODER if name == DEFAULT else name: layout for name, layout in modules.items()
                 }
-        self.names = tuple(dict.fromkeys(name for modules in self._models.values() for name in modules))
-        complete = [model for model, modules in self._models.items() if len(modules) == len(self.names)]
+        every = {name for modules in self._models.values() for name in modules}
+        complete = [model for model, modules in self._models.items() if len(modules) == len(every)]
         if not complete:
             listed = "; ".join(f"{model}: {', '.join(modules)}" for model, modules in self._models.items())
             reason = f"expected a model with all the modules of the others, found {listed}"
             raise CheckpointError(recipe.fault((self._form,), reason))
         self.donor = complete[0]
+        self.names = tuple(self._models[self.donor])
 
     def output_modules(self) -> tuple[OutputModule, ...]:
         """What the recipe says of every module.

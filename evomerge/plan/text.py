@@ -81,12 +81,12 @@ def _recipe(plan: RecipePlan) -> Iterator[str]:
     yield from _block(plan.method, [f"{count(result.parameters)} parameters in {durations(plan.seconds)}"])
     yield from _block("models", _models(plan.models))
     files = f"{result.shards} file{'s' if result.shards > 1 else ''}"
-    lines = [
-        f"{result.layers} layers, {result.tensors} tensors, {result.dtype}, {size(result.bytes)} in {files}"
-    ]
+    rest = f"{result.tensors} tensors, {result.dtype}, {size(result.bytes)} in {files}"
     if len(result.modules) > 1:
-        lines[:0] = [", ".join(_module(name, layers) for name, layers in result.modules.items())]
-    yield from _block("result", lines)
+        parts = [f"{name} of {n} layers" if n else name for name, n in result.modules.items()]
+        yield from _block("result", [", ".join(parts), rest])
+    else:
+        yield from _block("result", [f"{result.layers} layers, {rest}"])
     yield from _block(
         "memory",
         [
@@ -105,10 +105,6 @@ def _recipe(plan: RecipePlan) -> Iterator[str]:
             "in the system's cache, or on a disk of 200 MB/s."
         ],
     )
-
-
-def _module(name: str, layers: int) -> str:
-    return f"{name} of {layers} layers" if layers else name
 
 
 def _block(label: str, lines: Iterable[str]) -> Iterator[str]:

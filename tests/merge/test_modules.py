@@ -442,6 +442,17 @@ def test_an_encoder_and_its_decoder_have_no_tokens_that_could_move(family: Famil
         export_model(wanted, models(wanted), tmp_path / "out")
 
 
+def test_the_config_of_every_module_says_the_type_that_was_written(family: Family, tmp_path: Path) -> None:
+    config = json.loads((family("Llava") / "one" / "config.json").read_text())
+    nested = {key: {**config[key], "torch_dtype": "float32"} for key in ("text_config", "vision_config")}
+    variant(family("Llava") / "one", tmp_path / "one", **nested)
+    text = "models: [{model: $one}]\nmerge_method: passthrough\nout_dtype: bfloat16\n"
+    exported(text, tmp_path, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    for part in (found, found["text_config"], found["vision_config"]):
+        assert part["torch_dtype"] == "bfloat16"
+
+
 def test_tensors_left_out_keep_their_bits_in_their_own_type(family: Family, tmp_path: Path) -> None:
     def halve(state: dict[str, Tensor]) -> None:
         for name in state:
