@@ -116,6 +116,8 @@ def _peft() -> Any:
 
 
 def _load(folder: Path, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    takes_images = "vision_config" in json.loads((folder / "config.json").read_text())
+    kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=dtype, local_files_only=True)

@@ -11,8 +11,9 @@ import contextlib
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from evomerge.checkpoints.adapter import Adapter, Update, updated_tensor
 from evomerge.checkpoints.adapter_plan import plan_updates
@@ -73,7 +74,7 @@ def _write(model: Checkpoint, adapter: Adapter, folder: Path, key: str) -> None:
         if rows is None:
             writer.copy(contained(model.folder, CONFIG))
         else:
-            writer.add_json(CONFIG, {**model.config, "vocab_size": rows})
+            writer.add_json(CONFIG, _with_rows(model.config, rows))
         for file in [*_others(model), *tokenizer_files(tokenizer)]:
             writer.copy(file)
         if _key(model, adapter) != key:
@@ -82,6 +83,14 @@ def _write(model: Checkpoint, adapter: Adapter, folder: Path, key: str) -> None:
                 "writes to them"
             )
         writer.commit()
+
+
+def _with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A config with another vocabulary size, in the part that describes the language model."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and "vocab_size" in nested:
+        return {**config, "text_config": {**nested, "vocab_size": rows}}
+    return {**config, "vocab_size": rows}
 
 
 def _spec(name: str, update: Update | None, adapter: Adapter, model: Checkpoint) -> TensorSpec:

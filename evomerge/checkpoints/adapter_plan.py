@@ -10,12 +10,13 @@ the beginning must therefore bring all keys to names that the checkpoint has; no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from evomerge.checkpoints.adapter import FLOATS, Adapter, Update
 from evomerge.checkpoints.adapter_vocabulary import check_rows, check_shared, unstored_heads
-from evomerge.checkpoints.architecture import TensorRole, classify
+from evomerge.checkpoints.architecture import TensorRole
+from evomerge.checkpoints.modules import find_modules, shared_template
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError, nearest
 
@@ -55,7 +56,7 @@ def plan_updates(adapter: Adapter, model: Checkpoint) -> dict[str, Update]:
         CheckpointError: The adapter does not fit the model; the message names the adapter's tensor.
     """
     try:
-        roles = classify(model.tensors)
+        modules = find_modules(model.tensors)
     except ValueError as error:
         raise CheckpointError(f"{model.folder}: {error}") from None
     if adapter.settings.fan_in_fan_out and model.config.get("model_type") not in _TRANSPOSED:
@@ -63,10 +64,12 @@ def plan_updates(adapter: Adapter, model: Checkpoint) -> dict[str, Update]:
             f"{adapter.config_file}: fan_in_fan_out: expected false, as {model.folder} has model_type "
             f"{model.config.get('model_type')!r}, found true; it is for {' and '.join(_TRANSPOSED)}"
         )
+    roles = {name: role for inside in modules.values() for name, role in inside.items()}
     targets = _targets(adapter)
     keys = {tensor: target.keys for tensor, target in targets.items()}
     unstored = unstored_heads(targets, model, roles)
-    names = _names([tensor for tensor in targets if tensor not in unstored], adapter, model)
+    stored = [tensor for tensor in targets if tensor not in unstored]
+    names = _names_in_modules(stored, modules) or _names(stored, adapter, model)
     check_shared({tensor: names.get(tensor) for tensor in sorted(targets)}, keys, adapter, model, roles)
     updates = {name: _update(targets[t], adapter, model, roles[name]) for t, name in names.items()}
     check_rows(updates, adapter, model, roles)
@@ -132,6 +135,24 @@ def _names(targets: Sequence[str], adapter: Adapter, model: Checkpoint) -> dict[
         f"{adapter.file}: the adapter changes '{unknown}', which {model.folder} does not have"
         f"{nearest(unknown, known)}; check that the adapter was trained on this model"
     )
+
+
+def _names_in_modules(
+    targets: Sequence[str], modules: Mapping[str, Mapping[str, TensorRole]]
+) -> dict[str, str]:
+    """As `_names`, for a model of several modules, whose tensors transformers wraps in other ways on the disk.
+
+    Empty for a model of one module, and where a tensor is not found.
+    """
+    if len(modules) == 1:
+        return {}
+    known = {shared_template(module, name): name for module, inside in modules.items() for name in inside}
+    found = {}
+    for tensor in targets:
+        keys = {shared_template(module, tensor) for module in modules} & known.keys()
+        if len(keys) == 1:
+            found[tensor] = known[keys.pop()]
+    return found if len(set(found.values())) == len(targets) else {}
 
 
 def _renamed(tensor: str, old: str, new: str, known: Iterable[str]) -> str:

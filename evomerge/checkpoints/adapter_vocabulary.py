@@ -13,6 +13,7 @@ from pathlib import Path
 
 from evomerge.checkpoints.adapter import Adapter, Update
 from evomerge.checkpoints.architecture import TensorRole, classify
+from evomerge.checkpoints.decoder import text_config
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.tokenizer import vocabulary
 from evomerge.errors import CheckpointError
@@ -29,7 +30,7 @@ def unstored_heads(
     targets: Collection[str], model: Checkpoint, roles: Mapping[str, TensorRole]
 ) -> frozenset[str]:
     """The heads among an adapter's targets that the model does not store, having the embedding instead."""
-    if model.config.get("tie_word_embeddings") is False or any(_is_head(role) for role in roles.values()):
+    if _says_tied(model) is False or any(_is_head(role) for role in roles.values()):
         return frozenset()
     return frozenset(target for target in targets if _names_a_head(target))
 
@@ -142,8 +143,8 @@ def tokenizer_folder(rows: int | None, adapter: Adapter, model: Checkpoint) -> P
 
 
 def _is_tied(model: Checkpoint, roles: Mapping[str, TensorRole]) -> bool:
-    flag = model.config.get("tie_word_embeddings")
-    if isinstance(flag, bool):
+    flag = _says_tied(model)
+    if flag is not None:
         return flag
     # Without the flag the architecture decides; a stored head that differs from the embedding is its own.
     names = _vocabulary_tensors(model, roles)
@@ -152,9 +153,15 @@ def _is_tied(model: Checkpoint, roles: Mapping[str, TensorRole]) -> bool:
     return not heads or any(model.tensor(h).equal(model.tensor(e)) for h in heads for e in embeddings)
 
 
+def _says_tied(model: Checkpoint) -> bool | None:
+    """What the config says; of a nested one, models of several modules follow the outer part."""
+    flags = (part.get("tie_word_embeddings") for part in (model.config, text_config(model.config)))
+    return next((flag for flag in flags if isinstance(flag, bool)), None)
+
+
 def _vocabulary_tensors(model: Checkpoint, roles: Mapping[str, TensorRole]) -> list[str]:
     """The tensors with one row per token."""
-    rows = model.config.get("vocab_size")
+    rows = text_config(model.config).get("vocab_size")
     return [
         name
         for name, role in roles.items()

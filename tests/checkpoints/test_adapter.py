@@ -16,6 +16,7 @@ from evomerge.checkpoints.adapter import Adapter
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError
 from tests.adapters import by_peft, edit, make_adapter, make_gpt2
+from tests.modular import add_processor, make_family
 from tests.tiny import make_model
 
 
@@ -238,3 +239,33 @@ def test_every_default_that_peft_writes_is_accepted(adapter: Path) -> None:
     assert len(config) > 30
     settings = Adapter.open(adapter).settings
     assert (settings.rank, settings.alpha, settings.rslora) == (4, 6, False)
+
+
+@pytest.mark.parametrize("as_held", [False, True])
+def test_the_language_model_and_the_tower_of_a_larger_model_are_adapted(
+    tmp_path: Path, as_held: bool
+) -> None:
+    """Whatever the names of its tensors on the disk; in training they are those that transformers holds."""
+    model = make_family(tmp_path, "Llava", as_held=as_held) / "one"
+    add_processor(model)
+    targets = r".*(language_model.*(q_proj|down_proj)|vision_tower.*fc1)"
+    folder = make_adapter(tmp_path / "adapter", model, target_modules=targets)
+    expected, before = by_peft(model, folder), Checkpoint.open(model)
+    merged = Checkpoint.open(adapted(model, folder))
+    assert set(merged.tensors) == set(before.tensors)
+    changed = set()
+    for held, tensor in expected.items():
+        name = held if as_held else _stored(held)
+        assert merged.tensor(name).equal(tensor), name
+        if not merged.tensor(name).equal(before.tensor(name)):
+            changed.add(name.split(".")[-2])
+    assert changed == {"q_proj", "down_proj", "fc1"}
+    assert (merged.folder / "preprocessor_config.json").exists()
+
+
+def _stored(name: str) -> str:
+    """What transformers calls a tensor of a LLaVA when it writes it."""
+    name = name.replace("model.language_model.", "language_model.model.").replace(
+        "lm_head", "language_model.lm_head"
+    )
+    return name if name.startswith("language_model") else name.removeprefix("model.")
