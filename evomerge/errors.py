@@ -10,9 +10,11 @@
     │   ├── InputsChangedError         3   experiment, models or data differ from those recorded
     │   ├── JournalDamagedError        3   the journal is damaged before its last line
     │   └── ReplayMismatchError        3   a replayed search proposes other genomes than recorded
+    ├── FitnessError                   1   a function or judge of the user's has no score for a model
+    │   └── ChangedModelError          1   a function of the user's changed the model it was lent
     ├── NoValidCandidateError          4   a whole generation without one valid candidate
     ├── WorkerError                    1   the workers cannot be started or keep dying
-    └── RunStoppedError               75   stopped on request; `evomerge resume` continues
+    └── RunStoppedError               75   stopped on request or for want of a judge; `evomerge resume` continues
 
 A message names the field, what was expected, what came, and what to do about it.
 """
@@ -102,6 +104,14 @@ class ReplayMismatchError(RefusedError):
     """A replayed search proposes other genomes than the journal recorded."""
 
 
+class FitnessError(EvomergeError):
+    """A function or a judge of the user's has no score for a model."""
+
+
+class ChangedModelError(FitnessError):
+    """A function of the user's changed the model it was lent."""
+
+
 class NoValidCandidateError(EvomergeError):
     """A whole generation brought no valid candidate."""
 
@@ -113,7 +123,7 @@ class WorkerError(EvomergeError):
 
 
 class RunStoppedError(EvomergeError):
-    """The run was stopped on request and can be resumed."""
+    """The run was stopped, on request or because its judge is out of reach, and can be resumed."""
 
     exit_code = 75
 

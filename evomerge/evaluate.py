@@ -5,17 +5,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.reference import ModelReference, resolve
 from evomerge.errors import ConfigurationError, EvomergeError
-from evomerge.experiment import EvaluationSettings
+from evomerge.experiment import EvaluationSettings, ObjectiveSettings
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.context import check_context
 from evomerge.fitness.documents import split_documents
 from evomerge.fitness.harness import TaskLibrary
 from evomerge.fitness.objectives import column_error
+from evomerge.fitness.user_code import UserCode, survey
 from evomerge.merge.export import export_model
 from evomerge.merge.load import load_recipe
 from evomerge.prepare import torch_device
@@ -30,7 +31,10 @@ def evaluate_model(
     *,
     include_path: Sequence[Path] = (),
     settings: EvaluationSettings | None = None,
+    fitness: Sequence[str] = (),
+    given: Literal["generations", "model"] = "generations",
     allow_task_code: bool = False,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Score a checkpoint, or a recipe, which is merged into a temporary checkpoint first.
 
@@ -39,7 +43,11 @@ def evaluate_model(
         tasks: lm-eval tasks.
         include_path: Folders with task files.
         settings: How to score.
+        fitness: Functions of the user's, `package.module:function`, to score every task by as well; modules are
+            looked for in the working directory, then on Python's import path.
+        given: What they are called with.
         allow_task_code: Whether task files outside lm-eval may run Python code.
+        allow_code: Whether they may, and the functions.
 
     Returns:
         Plain values: per task its metrics, their standard errors and the number of documents.
@@ -55,7 +63,15 @@ def evaluate_model(
     if settings.data_dir is not None:
         data_dir = str(Path(settings.data_dir).expanduser().resolve())
         settings = settings.model_copy(update={"data_dir": data_dir})
-    library = TaskLibrary(tasks, folders, allow_code=allow_task_code, data_dir=settings.data_dir)
+    code = _user_code(fitness, allow_code=allow_code)
+    library = TaskLibrary(
+        tasks, folders, allow_code=allow_task_code or allow_code, data_dir=settings.data_dir
+    )
+    own = tuple(
+        library.measure(name, ObjectiveSettings(task=name, fitness=function, given=given), "--fitness")
+        for name in tasks
+        for function in fitness
+    )
     documents = []
     for name in tasks:
         count = library.num_documents(name)
@@ -77,11 +93,19 @@ def evaluate_model(
             donor="model",
             tasks=tuple(tasks),
             include_path=folders,
-            metrics={name: tuple(library.metrics(name)) for name in tasks},
+            metrics={
+                name: (
+                    *library.metrics(name),
+                    *((item.metric, item.filter) for item in own if item.task == name),
+                )
+                for name in tasks
+            },
             evaluation=settings,
             device=torch_device(settings.device),
             threads=1,
-            allow_task_code=allow_task_code,
+            allow_task_code=allow_task_code or allow_code,
+            own=own,
+            code=code,
         )
         check_context(documents, library, spec.metrics, settings, spec.models)
         outcome = Worker(spec).run(Job(number=0, documents=tuple(documents), checkpoint=folder))
@@ -100,3 +124,26 @@ def evaluate_model(
         "counts": dict(outcome.counts),
         "seconds": dict(outcome.seconds),
     }
+
+
+def _user_code(functions: Sequence[str], *, allow_code: bool) -> UserCode | None:
+    """What functions are made of, if they may run.
+
+    Raises:
+        ConfigurationError: They may not, or are not there.
+    """
+    if not functions:
+        return None
+    for name in functions:
+        if ":" not in name:
+            raise ConfigurationError(f"--fitness {name}: expected module:function, such as my_fitness:score")
+    try:
+        code = survey(functions, Path.cwd())
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--fitness: {error}") from None
+    if not allow_code:
+        raise ConfigurationError(
+            f"--fitness: {', '.join(code.hashes)} is Python code that would be run; read it, and pass --allow-code "
+            "if you trust it"
+        )
+    return code

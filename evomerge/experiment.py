@@ -6,7 +6,6 @@ it is checked where they are built; see `prepare.py`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,52 +14,47 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evomerge.errors import ConfigurationError
-from evomerge.sizes import parse_size
+from evomerge.measure_settings import Finite, MeasureSettings, OwnSettings
+from evomerge.sizes import as_seconds, parse_size
 from evomerge.yaml_file import Document, StrictRecord, dotted, read_single, validate
 
 
-class ObjectiveSettings(StrictRecord):
-    """One number to optimise.
+class ObjectiveSettings(MeasureSettings):
+    """One number to optimise; see `MeasureSettings` for what it may be.
 
     Attributes:
         task: Name of an lm-eval task.
-        metric: One of the task's metrics, or `likelihood` or `output_tokens`; see `fitness.metrics`.
-        filter: Which of the task's filters to read the metric from; its first by default.
         weight: Share in the fitness, the weighted mean over objectives.
-        direction: Whether larger or smaller is better; what the task says by default.
         normalize: `sources`: count the share of what the best source model reaches, instead of the score.
         holdout_task: Task whose documents judge the result, instead of a part of this task's documents.
     """
 
     task: str
-    metric: str
-    filter: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
-    direction: Literal["maximize", "minimize"] | None = None
     normalize: Literal["sources"] | None = None
     holdout_task: str | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveSettings:
+        if self.measured is None:
+            raise ValueError("metric: missing; an objective needs it, or fitness, or judge")
+        return self
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-
-class ConstraintSettings(StrictRecord):
+class ConstraintSettings(MeasureSettings):
     """What a candidate must hold to win; see `fitness.constraints`.
+
+    Of a measure, `metric` may also be the name of an objective's function or judge on the same task. Without any,
+    the entry, with `retention` alone, is about every objective's own.
 
     Attributes:
         task: Name of an lm-eval task, of an objective or not; null for every objective that has the metric.
-        metric: As in an objective; null, with `retention` alone, for every objective's own.
-        filter: As in an objective.
-        direction: As in an objective.
         min: Smallest value of the metric.
         max: Largest value of the metric.
         retention: Smallest share of what the best source model reaches.
     """
 
     task: str | None = None
-    metric: str | None = None
-    filter: str | None = None
-    direction: Literal["maximize", "minimize"] | None = None
     min: Finite | None = None
     max: Finite | None = None
     retention: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -69,7 +63,7 @@ class ConstraintSettings(StrictRecord):
     def _check(self) -> ConstraintSettings:
         if self.min is None and self.max is None and self.retention is None:
             raise ValueError("expected min, max or retention")
-        if self.metric is None:
+        if self.measured is None:
             for key in ("task", "filter", "direction", "min", "max"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"metric: missing; {key} is about a metric")
@@ -162,6 +156,8 @@ class EvaluationSettings(StrictRecord):
         include_path: Folders with lm-eval tasks, beside those that lm-eval ships.
         data_dir: Folder with data sets as their authors publish them (`mgsm_ja.tsv`, `train.jsonl`), for the
             tasks in `tasks/` that can read them; null for the Hugging Face hub.
+        code_path: Folder with the user's own functions, which are looked for there, then on Python's import path;
+            the experiment file's folder by default.
     """
 
     backend: Literal["hf"] = "hf"
@@ -180,16 +176,7 @@ class EvaluationSettings(StrictRecord):
     device: str = "auto"
     include_path: list[str] = []
     data_dir: str | None = None
-
-
-def _as_seconds(value: Any) -> Any:
-    """Read `90`, `90s`, `30m` or `2h` as seconds."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", value.strip())
-        if match is None:
-            raise ValueError(f"expected a duration such as 90s, 30m or 2h, got {value!r}")
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    code_path: str | None = None
 
 
 def _as_bytes(value: Any) -> Any:
@@ -216,7 +203,7 @@ class WorkerSettings(StrictRecord):
     count: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    timeout: Annotated[float, Field(gt=0), BeforeValidator(_as_seconds)] = 1800.0
+    timeout: Annotated[float, Field(gt=0), BeforeValidator(as_seconds)] = 1800.0
     retries: Annotated[int, Field(ge=0)] = 2
     memory_budget: Annotated[int, Field(ge=1), BeforeValidator(_as_bytes)] | None = None
 
@@ -312,7 +299,7 @@ class Experiment(StrictRecord):
         repeated = sorted({model for model in self.models if self.models.count(model) > 1})
         if repeated:
             raise ValueError(f"models: {', '.join(repeated)} named twice")
-        pairs = [(item.task, item.metric, item.filter) for item in self.objectives]
+        pairs = [(item.task, item.measured, item.filter) for item in self.objectives]
         if len(set(pairs)) < len(pairs):
             raise ValueError("objectives: the same task and metric are named twice")
         holdouts = {
@@ -322,6 +309,19 @@ class Experiment(StrictRecord):
         for task, names in holdouts.items():
             if len(names) > 1:
                 raise ValueError(f"objectives: the metrics of {task} must share one holdout_task")
+        return self
+
+    @model_validator(mode="after")
+    def _check_own(self) -> Experiment:
+        """One name of a task's measures means one thing."""
+        known: dict[tuple[str | None, str | None], OwnSettings] = {}
+        for item in (*self.objectives, *self.constraints):
+            if item.own is not None and known.setdefault((item.task, item.measured), item.own) != item.own:
+                if item.judge is None:
+                    raise ValueError(
+                        f"{item.fitness} is given different things; leave one of the entries out"
+                    )
+                raise ValueError(f"two judges of {item.task} are called {item.measured!r}; give one a name")
         return self
 
     @model_validator(mode="after")

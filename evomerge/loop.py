@@ -266,7 +266,7 @@ class Run:
         """Have jobs carried out; give each one's number and outcome as it finishes.
 
         Raises:
-            RunStoppedError: A stop was asked for.
+            RunStoppedError: A stop was asked for, or what scores candidates is out of reach.
         """
         for job in jobs:
             self.pool.submit(job)
@@ -279,6 +279,11 @@ class Run:
             if finished is not None:
                 number, outcome = finished
                 waiting.remove(number)
+                if outcome.status is Status.UNAVAILABLE:
+                    raise RunStoppedError(
+                        f"{outcome.reason}; everything recorded is safe, `evomerge resume {self.run_dir.path}` "
+                        "continues when that is put right"
+                    )
                 yield number, checked(outcome)
 
     def news(self, text: str) -> None:

@@ -29,10 +29,12 @@ from evomerge.fitness.documents import choose_documents
 from evomerge.fitness.harness import TaskLibrary
 from evomerge.fitness.metrics import LIKELIHOOD
 from evomerge.fitness.objectives import Objective
+from evomerge.fitness.user_code import UserCode
 from evomerge.merge.anatomy import anatomy_of
 from evomerge.merge.check import check_recipe
 from evomerge.merge.compatible import check_compatible, differing_keys
 from evomerge.merge.plan import TORCH_DTYPES, plan_merge
+from evomerge.own_code import code_folder, survey_code, warnings_of_own
 from evomerge.search import SEARCHERS, SearcherOptions, build_searcher
 from evomerge.spaces import SPACES, SourceModels, build_space, chooses_layers, needs_anatomies
 from evomerge.spaces.limits import size_of
@@ -59,6 +61,7 @@ class PreparedRun:
         sources: The source models as recipes name them.
         library: The loaded tasks.
         spec: What each worker needs.
+        code: The user's own functions, whether they may run or not; None if there are none.
         warnings: What is unusual but not wrong.
     """
 
@@ -73,13 +76,18 @@ class PreparedRun:
     sources: tuple[str, ...]
     library: TaskLibrary
     spec: WorkerSpec
+    code: UserCode | None
     warnings: tuple[str, ...]
 
     @cached_property
     def inputs(self) -> Mapping[str, str]:
-        """Model or task -> hash of its content; finding it reads all bytes of models it is not known of."""
+        """Model, task or code -> hash of its content; finding it reads all bytes of models it is not known of."""
+        code = (
+            {} if self.code is None else {f"code {name}": value for name, value in self.code.hashes.items()}
+        )
         models = {f"model {name}": model.content_hash()[:16] for name, model in self.checkpoints.items()}
-        return models | {f"task {name}": self.library.fingerprint(name) for name in self.spec.tasks}
+        tasks = {f"task {name}": self.library.fingerprint(name) for name in self.spec.tasks}
+        return models | tasks | code
 
     def with_winner(self, stage: Stage, folder: Path) -> PreparedRun:
         """The same with the winner of a stage among the models.
@@ -95,13 +103,20 @@ class PreparedRun:
         )
 
 
-def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool = False) -> PreparedRun:
-    """Read an experiment file and check everything it names.
+def prepare(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    allow_task_code: bool = False,
+    allow_code: bool = False,
+) -> PreparedRun:
+    """Read an experiment file and check everything it names; functions of the user's are found, not run.
 
     Args:
         path: The experiment file.
         overrides: `path=value` texts; see `read_experiment`.
         allow_task_code: Whether task files outside lm-eval may run Python code.
+        allow_code: Whether they may, and workers may run functions of the user's.
 
     Raises:
         ConfigurationError: Carries every fault found.
@@ -117,7 +132,10 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
     data_dir = experiment.evaluation.data_dir
     if data_dir is not None:
         data_dir = str(_absolute(data_dir, folder))
-    tasks = checks.tasks(experiment, include_path, data_dir, allow_code=allow_task_code)
+    code = None
+    with checks.collect():
+        code = survey_code(experiment, document, folder)
+    tasks = checks.tasks(experiment, include_path, data_dir, allow_code=allow_task_code or allow_code)
     checks.stop_if_faulty()
 
     names = {text: _recipe_name(text, folder) for text in experiment.all_models}
@@ -156,7 +174,11 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
             ],
             "constraints": [as_settings(constraint) for constraint in constraints],
             "evaluation": experiment.evaluation.model_copy(
-                update={"include_path": [str(folder) for folder in include_path], "data_dir": data_dir}
+                update={
+                    "include_path": [str(folder) for folder in include_path],
+                    "data_dir": data_dir,
+                    "code_path": None if code is None else str(code_folder(experiment, folder)),
+                }
             ),
         }
     )
@@ -188,10 +210,16 @@ def prepare(path: Path, *, overrides: Sequence[str] = (), allow_task_code: bool 
             evaluation=resolved.evaluation,
             device=torch_device(resolved.evaluation.device),
             threads=resolved.workers.threads,
-            allow_task_code=allow_task_code,
+            allow_task_code=allow_task_code or allow_code,
+            own=tuple(item for item in measures if item.own is not None),
+            code=code if allow_code else None,
             memory_budget=resolved.workers.memory_budget,
         ),
-        warnings=tuple(_config_differences(by_name, donor)),
+        code=code,
+        warnings=(
+            *_config_differences(by_name, donor),
+            *warnings_of_own(resolved, None if allow_code else code),
+        ),
     )
     checks.context(prepared)
     checks.stop_if_faulty()

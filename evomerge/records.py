@@ -60,6 +60,8 @@ class Status(StrEnum):
     """The machinery failed: out of memory, a dead worker, a timeout."""
     PRUNED = "pruned"
     """A race stopped the evaluation, as further documents would not have mattered; see `fitness.racing`."""
+    UNAVAILABLE = "unavailable"
+    """What scores candidates is out of reach. Never recorded: the run stops and can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)

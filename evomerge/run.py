@@ -23,6 +23,7 @@ from evomerge.lock import RunLock
 from evomerge.loop import Observer, Run, StopFlag, write_recipe
 from evomerge.measured import with_error
 from evomerge.merge.export import export_model
+from evomerge.own_code import check_loads, refuse_code
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.race import Course
 from evomerge.recipe import Recipe
@@ -63,6 +64,7 @@ def start_run(
     *,
     overrides: Sequence[str] = (),
     allow_task_code: bool = False,
+    allow_code: bool = False,
     observer: Observer,
     stop: StopFlag,
 ) -> RunResult:
@@ -73,6 +75,7 @@ def start_run(
         run_dir: Folder of the run; `runs/<name>` by default.
         overrides: `path=value` texts that change the experiment.
         allow_task_code: Whether task files outside lm-eval may run Python code.
+        allow_code: Whether they may, and the experiment's own functions.
         observer: Hears of progress.
         stop: Set it to stop the run between evaluations.
 
@@ -87,7 +90,11 @@ def start_run(
     observer.phase("checking the experiment, its models and tasks")
     if run_dir is not None:
         _refuse_existing(run_dir)
-    prepared = prepare(experiment, overrides=overrides, allow_task_code=allow_task_code)
+    if not allow_code:
+        refuse_code(experiment, tuple(overrides))
+    prepared = prepare(
+        experiment, overrides=overrides, allow_task_code=allow_task_code, allow_code=allow_code
+    )
     folder = RunDir(Path(run_dir or Path("runs") / prepared.experiment.name))
     _refuse_existing(folder.path)
     settings = settings_of(prepared.experiment)
@@ -109,12 +116,17 @@ def start_run(
 
 
 def resume_run(
-    run_dir: Path, *, allow_task_code: bool = False, observer: Observer, stop: StopFlag
+    run_dir: Path,
+    *,
+    allow_task_code: bool = False,
+    allow_code: bool = False,
+    observer: Observer,
+    stop: StopFlag,
 ) -> RunResult:
     """Continue a run exactly where it was, or show the result of a finished one.
 
     Raises:
-        InputsChangedError: The experiment, a model or the documents changed since the run started.
+        InputsChangedError: The experiment, a model, the documents or an own function changed since the run started.
         JournalDamagedError: The journal is damaged before its last line.
         ReplayMismatchError: The searcher proposes other genomes than recorded.
         Otherwise as `start_run`.
@@ -129,7 +141,9 @@ def resume_run(
         observer.phase("checking that the experiment, its models and tasks are unchanged")
         if not folder.experiment.is_file():
             folder.write_experiment(journal.header.settings, journal.header.inputs)
-        prepared = prepare(folder.experiment, allow_task_code=allow_task_code)
+        if not allow_code:
+            refuse_code(folder.experiment)
+        prepared = prepare(folder.experiment, allow_task_code=allow_task_code, allow_code=allow_code)
         _refuse_changes(folder, journal.header, prepared)
         # A finished run needs no workers, and a replay that fails should not have to wait for them.
         with closing(
@@ -178,6 +192,7 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
 
 def _start_pool(prepared: PreparedRun, stage: Stage, folder: RunDir, observer: Observer) -> WorkerPool:
     observer.phase("starting workers")
+    check_loads(prepared.spec)
     donor = prepared.checkpoints[stage.donor]
     sizes = [math.prod(info.shape) for info in donor.tensors.values()]
     itemsize = {"auto": donor.nbytes / max(1, sum(sizes)), "float32": 4}.get(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -28,10 +29,24 @@ import click
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
 @click.option("--device", default="auto", show_default=True, help="Torch device.")
 @click.option("--max-length", type=click.IntRange(min=1), help="Context length in tokens.")
+@click.option(
+    "--fitness",
+    metavar="MODULE:FUNCTION",
+    multiple=True,
+    help="Own function to score by as well, looked for in the working directory first. May be repeated.",
+)
+@click.option(
+    "--given",
+    type=click.Choice(["generations", "model"]),
+    default="generations",
+    show_default=True,
+    help="What own functions are called with.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 @click.option(
     "--allow-task-code", is_flag=True, help="Let task files outside lm-eval run the Python code they name."
 )
+@click.option("--allow-code", is_flag=True, help="Let them, and the functions of --fitness run.")
 def evaluate(
     model: str,
     tasks: str,
@@ -43,8 +58,11 @@ def evaluate(
     dtype: str,
     device: str,
     max_length: int | None,
+    fitness: tuple[str, ...],
+    given: Literal["generations", "model"],
     as_json: bool,
     allow_task_code: bool,
+    allow_code: bool,
 ) -> None:
     """Score MODEL, a checkpoint or a recipe file, on lm-eval tasks."""
     from evomerge.evaluate import evaluate_model
@@ -66,7 +84,14 @@ def evaluate(
     )
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     results = evaluate_model(
-        model, names, include_path=include_path, settings=settings, allow_task_code=allow_task_code
+        model,
+        names,
+        include_path=include_path,
+        settings=settings,
+        fitness=fitness,
+        given=given,
+        allow_task_code=allow_task_code,
+        allow_code=allow_code,
     )
     if as_json:
         click.echo(json.dumps(results, indent=2, ensure_ascii=False))

@@ -21,7 +21,10 @@ import click
 @click.option(
     "--allow-task-code", is_flag=True, help="Let task files outside lm-eval run the Python code they name."
 )
-def plan(file: Path, as_json: bool, overrides: tuple[str, ...], allow_task_code: bool) -> None:
+@click.option("--allow-code", is_flag=True, help="The same here; a run also runs own fitness functions.")
+def plan(
+    file: Path, as_json: bool, overrides: tuple[str, ...], allow_task_code: bool, allow_code: bool
+) -> None:
     """Say what EXPERIMENT or RECIPE will take.
 
     Memory, disk, evaluations and rough time, from headers and a short measurement; no weights are loaded.
@@ -29,7 +32,7 @@ def plan(file: Path, as_json: bool, overrides: tuple[str, ...], allow_task_code:
     from evomerge.plan import as_dict, plan_file
     from evomerge.plan.text import plan_text
 
-    found = plan_file(file, overrides=overrides, allow_task_code=allow_task_code)
+    found = plan_file(file, overrides=overrides, allow_task_code=allow_task_code, allow_code=allow_code)
     if as_json:
         click.echo(json.dumps(as_dict(found), indent=2, ensure_ascii=False))
         return

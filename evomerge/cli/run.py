@@ -20,7 +20,14 @@ import click
 @click.option(
     "--allow-task-code", is_flag=True, help="Let task files outside lm-eval run the Python code they name."
 )
-def run(experiment: Path, run_dir: Path | None, overrides: tuple[str, ...], allow_task_code: bool) -> None:
+@click.option("--allow-code", is_flag=True, help="Let them, and the experiment's own fitness functions run.")
+def run(
+    experiment: Path,
+    run_dir: Path | None,
+    overrides: tuple[str, ...],
+    allow_task_code: bool,
+    allow_code: bool,
+) -> None:
     """Search for the best merge that EXPERIMENT describes."""
     from evomerge.cli.display import make_display, show_result
     from evomerge.cli.signals import stop_on_signals
@@ -32,6 +39,7 @@ def run(experiment: Path, run_dir: Path | None, overrides: tuple[str, ...], allo
             run_dir,
             overrides=overrides,
             allow_task_code=allow_task_code,
+            allow_code=allow_code,
             observer=display,
             stop=stop,
         )

@@ -12,7 +12,8 @@ import click
 @click.option(
     "--allow-task-code", is_flag=True, help="Let task files outside lm-eval run the Python code they name."
 )
-def validate(files: tuple[Path, ...], allow_task_code: bool) -> None:
+@click.option("--allow-code", is_flag=True, help="The same here; a run also runs own fitness functions.")
+def validate(files: tuple[Path, ...], allow_task_code: bool, allow_code: bool) -> None:
     """Check experiments, search spaces and recipes; of models only headers are read."""
     from evomerge.errors import ConfigurationError
     from evomerge.report.validate import validate_file
@@ -20,7 +21,7 @@ def validate(files: tuple[Path, ...], allow_task_code: bool) -> None:
     faulty = 0
     for file in files:
         try:
-            kind, warnings = validate_file(file, allow_task_code=allow_task_code)
+            kind, warnings = validate_file(file, allow_task_code=allow_task_code, allow_code=allow_code)
         except ConfigurationError as error:
             faulty += 1
             click.echo(str(error), err=True)

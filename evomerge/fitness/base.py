@@ -17,6 +17,10 @@ class NonFiniteLogitsError(Exception):
     """The model's logits hold NaN or infinity, so that no score of it means anything."""
 
 
+class UnavailableError(Exception):
+    """What scores models cannot be reached, so that nothing is known of any model; the run has to stop."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentSet:
     """Some documents of one task.
@@ -45,7 +49,8 @@ class Scores:
         samples: Task as the objectives name it -> per-document scores.
         forward_seconds: Time spent inside the model's forward passes.
         counts: Tallies for the audit: `generations`, `truncated` ones that hit the token limit, the
-            `output_tokens` of all, and what `fitness.tallies` counts.
+            `output_tokens` of all, what `fitness.tallies` counts, and of judges the `judged` generations and
+            the `unreadable` replies.
     """
 
     metrics: Metrics
@@ -62,5 +67,7 @@ class Evaluator(Protocol):
 
         Raises:
             NonFiniteLogitsError: The model's logits are not finite.
+            FitnessError: A function or judge of the user's has no score for the model.
+            UnavailableError: Nothing can be scored at present.
         """
         ...

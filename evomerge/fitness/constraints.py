@@ -15,6 +15,7 @@ from evomerge.errors import ConfigurationError, Fault, TaskError
 from evomerge.experiment import ConstraintSettings
 from evomerge.fitness.metrics import LIKELIHOOD
 from evomerge.fitness.objectives import Measure, Objective, fitness
+from evomerge.measure_settings import FunctionSettings
 from evomerge.records import Final, Metrics
 
 LookUp = Callable[[str, ConstraintSettings, str], Measure]
@@ -191,7 +192,7 @@ def as_settings(constraint: Constraint) -> ConstraintSettings:
     return ConstraintSettings.model_validate(
         {
             "task": constraint.task,
-            "metric": constraint.metric,
+            **_measured(constraint),
             "filter": constraint.filter,
             "direction": "maximize" if constraint.maximize else "minimize",
             constraint.kind: constraint.limit,
@@ -199,16 +200,24 @@ def as_settings(constraint: Constraint) -> ConstraintSettings:
     )
 
 
+def _measured(item: Measure) -> dict[str, object]:
+    """What an entry of an experiment calls a measure."""
+    if isinstance(item.own, FunctionSettings):
+        return {"fitness": item.own.name, "given": item.own.given}
+    return {"metric": item.metric} if item.own is None else {"judge": item.own}
+
+
 def as_constraint(settings: ConstraintSettings) -> Constraint:
     """The constraint that such an entry stands for."""
     assert settings.task is not None
-    assert settings.metric is not None
+    assert settings.measured is not None
     assert settings.filter is not None
     item = Measure(
         task=settings.task,
-        metric=settings.metric,
+        metric=settings.measured,
         filter=settings.filter,
         maximize=settings.direction == "maximize",
+        own=settings.own,
     )
     return next(_bounds(item, settings))
 
@@ -216,7 +225,7 @@ def as_constraint(settings: ConstraintSettings) -> Constraint:
 def _measures(
     entry: ConstraintSettings, objectives: Sequence[Objective], look_up: LookUp, where: str
 ) -> Iterator[Measure]:
-    if entry.metric is None:
+    if entry.measured is None:
         yield from objectives
         return
     tasks = [entry.task] if entry.task is not None else dict.fromkeys(item.task for item in objectives)
@@ -224,15 +233,23 @@ def _measures(
     faults: list[Fault] = []
     for task in tasks:
         try:
-            found.append(look_up(task, entry, where))
+            found.append(_of_objective(entry, task, objectives) or look_up(task, entry, where))
         except TaskError as error:
             faults += error.faults
     # Tasks differ in their metrics, but a task that cannot have a likelihood has a document to repair.
-    if faults and (not found or entry.metric == LIKELIHOOD[0]):
+    if faults and (not found or entry.metric == LIKELIHOOD[0] or entry.own is not None):
         raise TaskError(faults)
     for item in found:
         same = [other for other in objectives if (other.task, other.key) == (item.task, item.key)]
         yield same[0] if same and entry.direction is None else item
+
+
+def _of_objective(entry: ConstraintSettings, task: str, objectives: Sequence[Objective]) -> Measure | None:
+    """The function or judge of an objective that an entry names as its metric."""
+    for item in objectives:
+        if item.own is not None and (item.task, item.metric) == (task, entry.metric):
+            return item if entry.direction is None else replace(item, maximize=entry.direction == "maximize")
+    return None
 
 
 def _bounds(item: Measure, entry: ConstraintSettings) -> Iterator[Constraint]:
@@ -248,6 +265,7 @@ def _bounds(item: Measure, entry: ConstraintSettings) -> Iterator[Constraint]:
                 metric=item.metric,
                 filter=item.filter,
                 maximize=item.maximize,
+                own=item.own,
                 kind=kind,
                 limit=limit,
             )

@@ -36,6 +36,7 @@ from evomerge.fitness.metrics import (
     measure,
 )
 from evomerge.fitness.objectives import BUILT_IN, Measure, Objective
+from evomerge.fitness.own import OwnScorer, Subject
 from evomerge.fitness.quiet import quiet
 from evomerge.fitness.stock import batch_size
 from evomerge.fitness.tallies import audit_metrics, check_language, tally
@@ -297,6 +298,7 @@ class HarnessEvaluator:
         library: The loaded tasks.
         metrics: Task as the objectives name it -> the (metric, filter) pairs wanted.
         settings: How to score.
+        own: Task as the objectives name it and metric -> the function or judge of the user's that scores it.
     """
 
     def __init__(
@@ -306,8 +308,10 @@ class HarnessEvaluator:
         library: TaskLibrary,
         metrics: Mapping[str, Sequence[tuple[str, str]]],
         settings: EvaluationSettings,
+        own: Mapping[tuple[str, str], OwnScorer] | None = None,
     ) -> None:
         self._library = library
+        self._own = own or {}
         self._metrics = metrics
         self._settings = settings
         self._prepared: dict[DocumentSet, _Prepared] = {}
@@ -322,6 +326,8 @@ class HarnessEvaluator:
         Raises:
             NonFiniteLogitsError: The model's logits are not finite.
             TaskError: A metric does not give one number per document.
+            FitnessError: A function or judge of the user's has no score for the model.
+            UnavailableError: A judge cannot be asked.
         """
         self._watch.reset()
         self._tallies.clear()
@@ -350,7 +356,10 @@ class HarnessEvaluator:
         if LIKELIHOOD in wanted:
             columns[LIKELIHOOD] = self._likelihoods(subset)
         own = [pair for pair in wanted if pair[1] != BUILT_IN]
-        if own or OUTPUT_TOKENS in wanted:
+        users_own = {
+            pair: self._own[subset.name, pair[0]] for pair in wanted if self._is_users_own(subset, pair)
+        }
+        if own or OUTPUT_TOKENS in wanted or any(scorer.reads_text for scorer in users_own.values()):
             prepared = self._prepare(subset)
             self._respond(prepared)
             task, found = self._library.tasks[subset.task], prepared.per_document
@@ -358,7 +367,28 @@ class HarnessEvaluator:
             if task.OUTPUT_TYPE == "generate_until":
                 columns[OUTPUT_TOKENS] = self._lengths(prepared)
                 self._tallies.update(tally(task, found, columns, own))
+        # Who is given the model comes last.
+        for pair, scorer in sorted(users_own.items(), key=lambda item: not item[1].reads_text):
+            columns[pair] = self._marks(subset, scorer)
         return {f"{metric},{name}": tuple(columns[metric, name]) for metric, name in wanted}
+
+    def _is_users_own(self, subset: DocumentSet, pair: tuple[str, str]) -> bool:
+        return pair[1] == BUILT_IN and (subset.name, pair[0]) in self._own
+
+    def _marks(self, subset: DocumentSet, scorer: OwnScorer) -> Sequence[float]:
+        """What a function or judge of the user's says of the model."""
+        prepared = self._prepare(subset)
+        marks = scorer.score(
+            Subject(
+                task=self._library.tasks[subset.task],
+                documents=[document for document, _ in prepared.per_document],
+                texts=prepared.texts() if scorer.reads_text else (),
+                model=self._lm.model,
+                tokenizer=self._lm.tokenizer,
+            )
+        )
+        self._tallies.update(marks.counts)
+        return marks.values
 
     def _respond(self, prepared: _Prepared) -> None:
         """Have the model answer every request."""

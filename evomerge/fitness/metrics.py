@@ -4,6 +4,7 @@
 - `output_tokens`: the length of what the model says, in tokens of its tokenizer, up to the text that ends it.
 
 Both are numbers per document like any other metric. lm-eval does not know them, so its command cannot show them.
+So are the user's own functions and judges, see `fitness.own`.
 Where a task has a metric of the same name itself, naming its filter chooses that one.
 """
 
@@ -15,8 +16,10 @@ from typing import Any
 
 from evomerge.errors import Fault, TaskError, nearest
 from evomerge.experiment import ConstraintSettings, ObjectiveSettings
+from evomerge.fitness.judge import check_prompt
 from evomerge.fitness.likelihood import check_references
 from evomerge.fitness.objectives import BUILT_IN, Measure, Objective
+from evomerge.measure_settings import FunctionSettings, JudgeSettings
 
 LIKELIHOOD = ("likelihood", BUILT_IN)
 OUTPUT_TOKENS = ("output_tokens", BUILT_IN)
@@ -34,8 +37,17 @@ def measure(name: str, task: Any, settings: ObjectiveSettings | ConstraintSettin
     Raises:
         TaskError: The task has no such metric or filter, or the metric is no number per document.
     """
-    metric = settings.metric
+    metric = settings.measured
     assert metric is not None
+    if settings.own is not None:
+        _check_users_own(name, task, settings, where)
+        return Measure(
+            task=name,
+            metric=metric,
+            filter=BUILT_IN,
+            maximize=settings.direction != "minimize",
+            own=settings.own,
+        )
     if metric in (LIKELIHOOD[0], OUTPUT_TOKENS[0]) and settings.filter in (None, BUILT_IN):
         larger = _check_built_in(name, task, metric, f"{where}.metric")
         its_filter = BUILT_IN
@@ -48,6 +60,22 @@ def measure(name: str, task: Any, settings: ObjectiveSettings | ConstraintSettin
         filter=its_filter,
         maximize=larger if settings.direction is None else settings.direction == "maximize",
     )
+
+
+def _check_users_own(
+    name: str, task: Any, settings: ObjectiveSettings | ConstraintSettings, where: str
+) -> None:
+    """Make sure that a task has what a function or judge of the user's is about."""
+    field = "fitness" if isinstance(settings.own, FunctionSettings) else "judge"
+    if settings.filter not in (None, BUILT_IN):
+        reason = f"{field} is about what the model says, as it says it, not about a filter; remove it"
+        raise TaskError(Fault(path=f"{where}.filter", reason=reason))
+    if settings.given != "model" and getattr(task, "OUTPUT_TYPE", None) != "generate_until":
+        reason = f"{name} generates no text, so there is nothing to look at"
+        reason += "; a function may be given the model instead (given: model)" if field == "fitness" else ""
+        raise TaskError(Fault(path=f"{where}.{field}", reason=reason))
+    if isinstance(settings.own, JudgeSettings):
+        check_prompt(name, task, settings.own, f"{where}.judge.prompt")
 
 
 def _check_built_in(name: str, task: Any, metric: str, where: str) -> bool:

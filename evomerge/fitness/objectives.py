@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from evomerge.measure_settings import OwnSettings
 from evomerge.records import Metrics, SampleScores
 
 BUILT_IN = "evomerge"
@@ -26,12 +27,14 @@ class Measure:
         metric: Name of the metric.
         filter: The task's filter that the metric is read from.
         maximize: Whether larger is better.
+        own: The function or judge of the user's that it comes from, if it does; see `fitness.own`.
     """
 
     task: str
     metric: str
     filter: str
     maximize: bool
+    own: OwnSettings | None = None
 
     @property
     def key(self) -> str:

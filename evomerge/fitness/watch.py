@@ -50,7 +50,8 @@ class Watch:
             started = time.perf_counter()
 
         def after(_module: Any, _inputs: Any, output: Any) -> None:
-            logits: Tensor = output.logits
+            # Code of the user's may ask for a tuple; with labels the loss comes first, which is finite or not, too.
+            logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
             if logits.is_cuda:
                 torch.cuda.current_stream(logits.device).synchronize()
             self.seconds += time.perf_counter() - started

@@ -29,6 +29,7 @@ def plan_file(
     *,
     overrides: Sequence[str] = (),
     allow_task_code: bool = False,
+    allow_code: bool = False,
     measured: Callable[[Load], Machine] = measure,
 ) -> ExperimentPlan | RecipePlan:
     """Plan what a file describes.
@@ -37,6 +38,7 @@ def plan_file(
         file: An experiment or a recipe.
         overrides: `path=value` texts that change an experiment.
         allow_task_code: Whether task files outside lm-eval may run Python code.
+        allow_code: Whether they may, and a run might run functions of the user's; here none is run.
         measured: Measures the machine.
 
     Raises:
@@ -44,7 +46,7 @@ def plan_file(
     """
     kind = kind_of(file)
     if kind == "experiment":
-        prepared = prepare(file, overrides=overrides, allow_task_code=allow_task_code)
+        prepared = prepare(file, overrides=overrides, allow_task_code=allow_task_code, allow_code=allow_code)
         return plan_experiment(prepared, measured=measured)
     if overrides:
         raise ConfigurationError(f"--set {overrides[0]}: changes values of experiments; {file} is a {kind}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evomerge.errors import ConfigurationError
 from evomerge.fitness.constraints import needs_sources
+from evomerge.fitness.own import reads_text
 from evomerge.plan.candidates import Candidates, survey
 from evomerge.plan.machine import Load, measure
 from evomerge.plan.models import dtype_of, model_entry
@@ -64,8 +65,9 @@ def plan_experiment(prepared: PreparedRun, *, measured: Measure = measure) -> Ex
     _check_device(prepared.spec.device)
     stages = _survey(prepared)
     donor = prepared.checkpoints[prepared.spec.donor]
+    metrics = _known_metrics(prepared)
     search, holdout = (
-        total_load(documents, prepared.library, prepared.spec.metrics, prepared.experiment.evaluation, donor)
+        total_load(documents, prepared.library, metrics, prepared.experiment.evaluation, donor)
         for documents in (prepared.search_documents, prepared.holdout_documents)
     )
     memory = worker_needs(
@@ -110,6 +112,15 @@ def plan_experiment(prepared: PreparedRun, *, measured: Measure = measure) -> Ex
         warnings=(),
     )
     return replace(plan, warnings=tuple(warnings_of(plan, prepared)))
+
+
+def _known_metrics(prepared: PreparedRun) -> dict[str, list[tuple[str, str]]]:
+    """The metrics of every task but functions that are given the model, whose requests only they know."""
+    left_out = {(item.task, item.metric) for item in prepared.spec.own if not reads_text(item)}
+    return {
+        task: [pair for pair in pairs if (task, pair[0]) not in left_out]
+        for task, pairs in prepared.spec.metrics.items()
+    }
 
 
 def _check_device(device: str) -> None:

@@ -33,6 +33,9 @@ def warnings_of(plan: ExperimentPlan, prepared: PreparedRun) -> Iterator[str]:
             f"workers.timeout: a candidate may take {duration(plan.candidate.seconds.high)} and is given up after "
             f"{duration(timeout)}"
         )
+    own = dict.fromkeys(item.metric for item in prepared.spec.own)
+    if own:
+        yield f"the time that {', '.join(own)} takes is not known, so it is not counted"
     if not plan.evaluations.holdout:
         yield "evaluation.holdout: no documents are held out, so nothing can be said beyond the search"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.experiment import ConstraintSettings
+from evomerge.experiment import ConstraintSettings, ObjectiveSettings
 from evomerge.fitness.constraints import Constraint, as_constraint, source_metrics, with_sources
 from evomerge.fitness.objectives import Objective
 from evomerge.journal import Journal
@@ -97,14 +97,15 @@ def read_objectives(journal: Journal) -> tuple[Objective, ...]:
     """The objectives as they were resolved when the run started."""
     return tuple(
         Objective(
-            task=item["task"],
-            metric=item["metric"],
-            filter=item["filter"],
-            weight=item["weight"],
-            maximize=item["direction"] == "maximize",
-            normalize=item.get("normalize") == "sources",
+            task=item.task,
+            metric=item.measured or "",
+            filter=item.filter or "",
+            weight=item.weight,
+            maximize=item.direction == "maximize",
+            normalize=item.normalize == "sources",
+            own=item.own,
         )
-        for item in journal.header.settings["objectives"]
+        for item in map(ObjectiveSettings.model_validate, journal.header.settings["objectives"])
     )
 
 

@@ -13,12 +13,15 @@ from evomerge.spaces import SPACES, read_space
 from evomerge.yaml_file import read_single, read_yaml
 
 
-def validate_file(file: Path, *, allow_task_code: bool = False) -> tuple[str, list[str]]:
+def validate_file(
+    file: Path, *, allow_task_code: bool = False, allow_code: bool = False
+) -> tuple[str, list[str]]:
     """Check one file.
 
     Args:
         file: An experiment, a search space, a recipe, or several recipes.
         allow_task_code: Whether task files outside lm-eval may run Python code.
+        allow_code: Whether they may, and a run might run functions of the user's; here none is run.
 
     Returns:
         The kind of file, and warnings.
@@ -29,7 +32,7 @@ def validate_file(file: Path, *, allow_task_code: bool = False) -> tuple[str, li
     kind = kind_of(file)
     match kind:
         case "experiment":
-            return kind, list(prepare(file, allow_task_code=allow_task_code).warnings)
+            return kind, list(prepare(file, allow_task_code=allow_task_code, allow_code=allow_code).warnings)
         case "search space":
             read_space(read_single(file))
             return kind, []

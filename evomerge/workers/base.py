@@ -13,6 +13,8 @@ from typing import Protocol
 
 from evomerge.experiment import EvaluationSettings
 from evomerge.fitness.base import DocumentSet
+from evomerge.fitness.objectives import Measure
+from evomerge.fitness.user_code import UserCode
 from evomerge.recipe import Recipe
 from evomerge.records import Outcome
 
@@ -48,6 +50,8 @@ class WorkerSpec:
         device: Torch device of the live model.
         threads: CPU threads.
         allow_task_code: Whether task files may run Python code.
+        own: Measures of the user's own.
+        code: The functions among them, where they may run.
         statistics: Folder with statistics of the sources, shared by the workers of a host, or None.
         memory_budget: Bytes of source tensors to keep on a device other than the CPU, or None for all.
     """
@@ -61,6 +65,8 @@ class WorkerSpec:
     device: str
     threads: int
     allow_task_code: bool = False
+    own: tuple[Measure, ...] = ()
+    code: UserCode | None = None
     statistics: Path | None = None
     memory_budget: int | None = None
 

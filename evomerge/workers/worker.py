@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomerge.checkpoints.reader import Checkpoint
-from evomerge.errors import EvomergeError
-from evomerge.fitness.base import DocumentSet, Evaluator, NonFiniteLogitsError, Scores
+from evomerge.errors import ChangedModelError, EvomergeError
+from evomerge.fitness.base import DocumentSet, Evaluator, NonFiniteLogitsError, Scores, UnavailableError
 from evomerge.merge.bank import Bank
 from evomerge.merge.live import LiveModel, NonFiniteWeightsError
 from evomerge.merge.plan import plan_merge
@@ -45,8 +45,15 @@ class Worker:
         torch.set_num_threads(spec.threads)
         torch.set_grad_enabled(False)
         self._spec = spec
-        self._sources = {name: Checkpoint.open(folder) for name, folder in spec.models.items()}
         self._build_evaluator = build_evaluator or _harness(spec)
+        self._open()
+
+    def _open(self) -> None:
+        """Map the sources, and forget the live models, which may share their memory."""
+        spec = self._spec
+        for made in ("_merged", "_path"):
+            self.__dict__.pop(made, None)
+        self._sources = {name: Checkpoint.open(folder) for name, folder in spec.models.items()}
         self._bank = Bank(
             self._sources, device=spec.device, statistics=spec.statistics, budget=spec.memory_budget
         )
@@ -79,7 +86,11 @@ class Worker:
                 model.write(plan, self._bank)
                 materialised = time.perf_counter()
                 scores = evaluator.evaluate(job.documents)
+        except UnavailableError as error:
+            return Outcome(status=Status.UNAVAILABLE, reason=str(error), seconds=_since(started))
         except (NonFiniteWeightsError, NonFiniteLogitsError, EvomergeError) as error:
+            if isinstance(error, ChangedModelError):
+                self._open()
             return Outcome(status=Status.INVALID, reason=str(error), seconds=_since(started))
         except Exception as error:  # torch alone reports exhausted memory in several ways
             where = traceback.extract_tb(error.__traceback__)[-1]
@@ -113,7 +124,9 @@ def load_model(folder: Path, spec: WorkerSpec) -> tuple[PreTrainedModel, PreTrai
 
 def _harness(spec: WorkerSpec) -> BuildEvaluator:
     from evomerge.fitness.harness import HarnessEvaluator, TaskLibrary
+    from evomerge.fitness.own import build_scorers
 
+    own = build_scorers(spec.own, spec.code)
     library = TaskLibrary(
         spec.tasks,
         spec.include_path,
@@ -122,7 +135,7 @@ def _harness(spec: WorkerSpec) -> BuildEvaluator:
     )
 
     def build(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluator:
-        return HarnessEvaluator(model, tokenizer, library, spec.metrics, spec.evaluation)
+        return HarnessEvaluator(model, tokenizer, library, spec.metrics, spec.evaluation, own)
 
     return build
 
