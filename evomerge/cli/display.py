@@ -174,10 +174,9 @@ def show_result(result: RunResult) -> None:
     if result.holdout is not None:
         click.echo(f"\n{table_text(result.holdout)}")
     click.echo(f"\n{audit_text(result.audit)}")
-    if result.holdout is None:
+    if not result.commands:
         return
-    click.echo()
-    click.echo("To check the winner with lm-eval itself:")
+    click.echo("\nTo check the winner with lm-eval itself:")
     if not (result.run_dir / "best" / "model").exists():
         target = f"{result.run_dir}/best/model"
         click.echo(f"  evomerge export {result.run_dir} {target} --format model")

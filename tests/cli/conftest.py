@@ -30,19 +30,21 @@ Command = Callable[..., Result]
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """Run `evomerge ARGUMENTS` in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
+    return call
 
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr("sys.argv", ["evomerge", *map(str, arguments)])
-        out, err = io.StringIO(), io.StringIO()
+
+def call(*arguments: object) -> Result:
+    """Run `evomerge ARGUMENTS` in the working directory."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["evomerge", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 main()
             except SystemExit as ending:
                 code = ending.code
-        assert isinstance(code, int)
-        return Result(code, out.getvalue(), err.getvalue())
-
-    return run
+    assert isinstance(code, int)
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -192,6 +192,21 @@ def test_the_sources_are_scored_where_a_search_refers_to_them(prepared: Prepare)
     assert plan.evaluations.baselines == 6 + 3
 
 
+def test_own_functions_ask_for_answers_or_for_what_nobody_knows(prepared: Prepare, task_folder: Path) -> None:
+    (task_folder.parent / "own.py").write_text("def f(*_):\n    raise SystemExit\n")
+    metric = planned(prepared, SEARCH, "objectives=[{task: gen, metric: exact_match}]")
+    texts = planned(prepared, SEARCH, 'objectives=[{task: gen, fitness: "own:f"}]')
+    model = planned(prepared, SEARCH, 'objectives=[{task: gen, fitness: "own:f", given: model}]')
+    assert (texts.candidate.requests, texts.candidate.new_tokens) == (
+        metric.candidate.requests,
+        metric.candidate.new_tokens,
+    )
+    assert model.candidate.requests == 0
+    for plan in (texts, model):
+        assert "the time that own:f takes is not known, so it is not counted" in plan.warnings
+    assert not any("not counted" in warning for warning in metric.warnings)
+
+
 def test_stages_add_up(prepared: Prepare) -> None:
     plan = planned(prepared, STAGES)
     assert [stage.name for stage in plan.stages] == ["weights", "layers"]
