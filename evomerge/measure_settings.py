@@ -41,6 +41,7 @@ class JudgeSettings(StrictRecord):
         scale: Lowest and highest mark; scores are marks as shares of the way from one to the other.
         name: Name in tables; the model's by default.
         api_key_env: Environment variable that holds the key, where the server wants one.
+        max_tokens: Longest reply in tokens; null to leave that to the server.
         concurrency: Questions on their way at the same time, from each worker.
         timeout: Longest wait for one reply, such as 60s.
         retries: How often a question is asked again when the server is busy or out of reach.
@@ -52,6 +53,7 @@ class JudgeSettings(StrictRecord):
     scale: Annotated[tuple[Finite, Finite], Strict(False)]
     name: Annotated[str, Field(pattern=r"^\S+( \S+)*$")] | None = None
     api_key_env: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = 1024
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
     timeout: Annotated[float, Field(gt=0), BeforeValidator(as_seconds)] = 60.0
     retries: Annotated[int, Field(ge=0, le=20)] = 5

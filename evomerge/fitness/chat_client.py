@@ -73,17 +73,27 @@ class ChatClient:
         model: The model, as the server knows it.
         key: The key, or None for a server without.
         variable: Environment variable that the key comes from, for messages.
+        max_tokens: Longest reply in tokens; None to leave that to the server.
         timeout: Longest wait for one reply in seconds.
         retries: How often a question is asked again.
     """
 
     def __init__(
-        self, *, url: str, model: str, key: str | None, variable: str | None, timeout: float, retries: int
+        self,
+        *,
+        url: str,
+        model: str,
+        key: str | None,
+        variable: str | None,
+        max_tokens: int | None,
+        timeout: float,
+        retries: int,
     ) -> None:
         self._address = url + ENDPOINT
         self._model = model
         self._key = key
         self._variable = variable
+        self._max_tokens = max_tokens
         self._timeout = timeout
         self._retries = retries
         self._opener = urllib.request.build_opener(_NoRedirects())
@@ -104,21 +114,23 @@ class ChatClient:
             except _BusyError as error:
                 pause = min(2.0**attempt, LONGEST_PAUSE) if error.after is None else error.after
                 if pause > LONGEST_WAIT:
-                    raise self._unavailable(f"{error}; it asks to wait {pause:.0f} s") from None
+                    raise self.unavailable(f"{error}; it asks to wait {pause:.0f} s") from None
                 if attempt == self._retries:
                     times = "once" if attempt == 0 else f"{attempt + 1} times"
-                    raise self._unavailable(f"{error} (asked {times})") from None
+                    raise self.unavailable(f"{error} (asked {times})") from None
             if given_up.wait(pause):
                 break
-        raise self._unavailable("given up")
+        raise self.unavailable("given up")
 
     def _once(self, prompt: str) -> Reply:
-        body = {
+        body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "stream": False,
         }
+        if self._max_tokens is not None:
+            body["max_tokens"] = self._max_tokens
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "evomerge"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -132,11 +144,11 @@ class ChatClient:
             with error:
                 return self._refused(error)
         except ssl.SSLCertVerificationError as error:
-            raise self._unavailable(f"its certificate is not valid: {error.verify_message}") from None
+            raise self.unavailable(f"its certificate is not valid: {error.verify_message}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, ssl.SSLCertVerificationError):
-                raise self._unavailable(f"its certificate is not valid: {reason.verify_message}") from None
+                raise self.unavailable(f"its certificate is not valid: {reason.verify_message}") from None
             if isinstance(reason, TimeoutError):
                 raise _BusyError(f"no reply within {self._timeout:g} s") from None
             raise _BusyError(self._safe(f"{type(reason).__name__}: {reason}")) from None
@@ -147,7 +159,7 @@ class ChatClient:
         while chunk := response.read1(1 << 16):
             data += chunk
             if len(data) > MAX_BYTES:
-                raise self._unavailable(f"its reply is larger than {MAX_BYTES} bytes")
+                raise self.unavailable(f"its reply is larger than {MAX_BYTES} bytes")
             if time.monotonic() > until:
                 raise TimeoutError
         try:
@@ -173,15 +185,14 @@ class ChatClient:
                 if self._variable
                 else "; it seems to want a key: name its environment variable in judge.api_key_env"
             )
-            raise self._unavailable(reason + hint)
+            raise self.unavailable(reason + hint)
         if 300 <= error.code < 400:
             where = self._safe(str(error.headers.get("Location", "another address")))[:200]
-            raise self._unavailable(
-                f"it redirects to {where}, where nothing was sent; name that in judge.url"
-            )
-        raise self._unavailable(reason)
+            raise self.unavailable(f"it redirects to {where}, where nothing was sent; name that in judge.url")
+        raise self.unavailable(reason)
 
-    def _unavailable(self, reason: str) -> UnavailableError:
+    def unavailable(self, reason: str) -> UnavailableError:
+        """The error that the server cannot be asked, to be raised."""
         return UnavailableError(f"the judge {self._model} at {self._address} cannot be asked: {reason}")
 
     def _start(self, data: bytes) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 FEWEST = 4
-"""Questions of which at least one must be answered with a mark, lest a judge that never marks rule a search."""
+"""Questions of which one must be answered with a mark, lest a judge that never gives one rule a search."""
 
 NUMBER = re.compile(r"(?<![A-Za-z_\d.,])[-−]?\d+(?:[.,]\d+)?(?![A-Za-z_\d])")
 RESERVED = ("generation", "target", "document")
@@ -50,6 +50,7 @@ def make_client(settings: JudgeSettings) -> ChatClient:
         model=settings.model,
         key=read_key(settings),
         variable=settings.api_key_env,
+        max_tokens=settings.max_tokens,
         timeout=settings.timeout,
         retries=settings.retries,
     )
@@ -95,7 +96,7 @@ class Judge:
 
         Raises:
             FitnessError: No reply has a mark.
-            UnavailableError: The judge cannot be asked.
+            UnavailableError: The judge cannot be asked, or takes no question.
         """
         questions = [
             render(self._settings.prompt, subject.task, document, text) for document, text in subject.said()
@@ -103,6 +104,9 @@ class Judge:
         keys = [hashlib.blake2b(question.encode(), digest_size=16).digest() for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._known}
         replies = self._ask(list(new.values()))
+        refused = [reply.refused for reply in replies if reply.refused]
+        if len(refused) == len(replies) >= FEWEST:
+            raise self._client.unavailable(f"{refused[0]}, to each of {len(refused)} questions")
         marks = [None if reply.refused else read_mark(reply.text, self._settings.scale) for reply in replies]
         if len(questions) >= FEWEST and all(
             {**self._known, **dict(zip(new, marks, strict=True))}[key] is None for key in keys

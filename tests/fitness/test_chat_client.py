@@ -18,9 +18,23 @@ CANARY = "sk-canary-6f1d"
 
 
 def client(
-    url: str, *, key: str | None = None, variable: str | None = None, timeout: float = 10.0, retries: int = 0
+    url: str,
+    *,
+    key: str | None = None,
+    variable: str | None = None,
+    max_tokens: int | None = 9,
+    timeout: float = 10.0,
+    retries: int = 0,
 ) -> ChatClient:
-    return ChatClient(url=url, model="m", key=key, variable=variable, timeout=timeout, retries=retries)
+    return ChatClient(
+        url=url,
+        model="m",
+        key=key,
+        variable=variable,
+        max_tokens=max_tokens,
+        timeout=timeout,
+        retries=retries,
+    )
 
 
 def ask(asked: ChatClient, prompt: str = "hello") -> Reply:
@@ -45,13 +59,15 @@ def test_a_question_is_a_chat_completion_at_temperature_0() -> None:
         "messages": [{"role": "user", "content": "How good is あ?"}],
         "temperature": 0,
         "stream": False,
+        "max_tokens": 9,
     }
 
 
-def test_without_a_key_none_is_sent() -> None:
+def test_without_a_key_and_a_limit_none_is_sent() -> None:
     with serving(in_turn("7")) as server:
-        ask(client(server.url))
+        ask(client(server.url, max_tokens=None))
         assert "Authorization" not in server.questions[0].headers
+        assert "max_tokens" not in server.questions[0].body
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])

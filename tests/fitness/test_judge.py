@@ -134,6 +134,15 @@ def test_a_judge_that_marks_nothing_scores_nothing() -> None:
     assert few.values == [0.0, 0.0]
 
 
+def test_a_judge_that_takes_no_question_stops_the_run() -> None:
+    """A model that the server does not have, for instance: no candidate is to blame."""
+    with serving(in_turn(Answer(status=400, body=b"no such model"))) as server:
+        with pytest.raises(UnavailableError, match="it answers 400 no such model, to each of 4 questions"):
+            judge(settings(server.url)).score(subject(["a"], ["b"], ["c"], ["d"]))
+        few = judge(settings(server.url)).score(subject(["a"], ["b"]))
+    assert few.counts == {"judged": 2, "unreadable": 2}
+
+
 def test_no_more_questions_are_on_their_way_than_allowed() -> None:
     lock = threading.Lock()
     running = [0, 0]
