@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from evomerge.errors import ConfigurationError, Fault
-from evomerge.experiment import Experiment, read_experiment
+from evomerge.experiment import Experiment
 from evomerge.fitness.own import build_scorers
 from evomerge.fitness.user_code import UserCode, module_file, survey
 from evomerge.workers.base import WorkerSpec
@@ -27,21 +27,21 @@ def code_folder(experiment: Experiment, folder: Path) -> Path:
     return (folder / Path(experiment.evaluation.code_path or ".").expanduser()).resolve()
 
 
-def refuse_code(path: Path, overrides: tuple[str, ...] = ()) -> None:
-    """Refuse an experiment that names functions of the user's; only the experiment file is read.
+def refuse_code(experiment: Experiment, document: Document, folder: Path) -> None:
+    """Refuse an experiment that names functions of the user's.
 
     Args:
-        path: The experiment file.
-        overrides: `path=value` texts that change it.
+        experiment: The experiment.
+        document: Its file, for messages.
+        folder: Where that lies.
 
     Raises:
         ConfigurationError: Names every such function, its file and its place.
     """
-    experiment, document = read_experiment(path, overrides)
-    folder = code_folder(experiment, path.resolve().parent)
+    where = code_folder(experiment, folder)
     faults = []
     for place, function in _functions(experiment):
-        file = module_file(function, folder) or function.partition(":")[0]
+        file = module_file(function, where) or function.partition(":")[0]
         reason = f"{file} is Python code that would be run; read it, and pass --allow-code if you trust it"
         faults.append(document.fault(place, reason))
     if faults:

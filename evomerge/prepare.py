@@ -34,7 +34,7 @@ from evomerge.merge.anatomy import anatomy_of
 from evomerge.merge.check import check_recipe
 from evomerge.merge.compatible import check_compatible, differing_keys
 from evomerge.merge.plan import TORCH_DTYPES, plan_merge
-from evomerge.own_code import code_folder, survey_code, warnings_of_own
+from evomerge.own_code import code_folder, refuse_code, survey_code, warnings_of_own
 from evomerge.search import SEARCHERS, SearcherOptions, build_searcher
 from evomerge.spaces import SPACES, SourceModels, build_space, chooses_layers, needs_anatomies
 from evomerge.spaces.limits import size_of
@@ -109,6 +109,7 @@ def prepare(
     overrides: Sequence[str] = (),
     allow_task_code: bool = False,
     allow_code: bool = False,
+    starts: bool = False,
 ) -> PreparedRun:
     """Read an experiment file and check everything it names; functions of the user's are found, not run.
 
@@ -117,12 +118,15 @@ def prepare(
         overrides: `path=value` texts; see `read_experiment`.
         allow_task_code: Whether task files outside lm-eval may run Python code.
         allow_code: Whether they may, and workers may run functions of the user's.
+        starts: Whether a run starts with it, so that functions that may not run are refused, before anything else.
 
     Raises:
         ConfigurationError: Carries every fault found.
     """
     experiment, document = read_experiment(path, overrides)
     folder = path.resolve().parent
+    if starts and not allow_code:
+        refuse_code(experiment, document, folder)
     checks = _Checks(document)
     checkpoints = checks.models(experiment, folder)
     spaces = checks.spaces(experiment, folder)

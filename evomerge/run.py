@@ -23,7 +23,7 @@ from evomerge.lock import RunLock
 from evomerge.loop import Observer, Run, StopFlag, write_recipe
 from evomerge.measured import with_error
 from evomerge.merge.export import export_model
-from evomerge.own_code import check_loads, refuse_code
+from evomerge.own_code import check_loads
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.race import Course
 from evomerge.recipe import Recipe
@@ -90,10 +90,12 @@ def start_run(
     observer.phase("checking the experiment, its models and tasks")
     if run_dir is not None:
         _refuse_existing(run_dir)
-    if not allow_code:
-        refuse_code(experiment, tuple(overrides))
     prepared = prepare(
-        experiment, overrides=overrides, allow_task_code=allow_task_code, allow_code=allow_code
+        experiment,
+        overrides=overrides,
+        allow_task_code=allow_task_code,
+        allow_code=allow_code,
+        starts=True,
     )
     folder = RunDir(Path(run_dir or Path("runs") / prepared.experiment.name))
     _refuse_existing(folder.path)
@@ -141,9 +143,9 @@ def resume_run(
         observer.phase("checking that the experiment, its models and tasks are unchanged")
         if not folder.experiment.is_file():
             folder.write_experiment(journal.header.settings, journal.header.inputs)
-        if not allow_code:
-            refuse_code(folder.experiment)
-        prepared = prepare(folder.experiment, allow_task_code=allow_task_code, allow_code=allow_code)
+        prepared = prepare(
+            folder.experiment, allow_task_code=allow_task_code, allow_code=allow_code, starts=True
+        )
         _refuse_changes(folder, journal.header, prepared)
         # A finished run needs no workers, and a replay that fails should not have to wait for them.
         with closing(

@@ -257,7 +257,7 @@ def test_a_changed_function_is_refused_with_what_changed(study: Study, server: J
 def test_a_run_stops_while_its_judge_is_away_and_ends_as_if_nothing_had_happened(
     study: Study, server: JudgeServer
 ) -> None:
-    journal = study.folder / "cut" / "journal.jsonl"
+    journal = study.folder / "stopped" / "journal.jsonl"
 
     def fail(question: Question) -> Answer | str:
         if not journal.exists() or journal.read_text().count('"kind":"trial"') < 2:
@@ -265,39 +265,41 @@ def test_a_run_stops_while_its_judge_is_away_and_ends_as_if_nothing_had_happened
         return Answer(status=500, body=f"out of memory, {question.headers['Authorization']}".encode())
 
     server.answer = fail
-    cut = call("run", "experiment.yml", "--allow-code", "--run-dir", "cut")
+    cut = call("run", "experiment.yml", "--allow-code", "--run-dir", "stopped")
     assert cut.code == 75
     address = f"{server.url}/chat/completions"
     assert f"the judge org/my-judge at {address} cannot be asked: it answers 500" in cut.err
-    assert "`evomerge resume cut` continues when that is put right" in cut.err
-    assert json.loads(call("status", "cut", "--json").out)["state"] == "stopped"
+    assert "`evomerge resume stopped` continues when that is put right" in cut.err
+    assert json.loads(call("status", "stopped", "--json").out)["state"] == "stopped"
     before = Journal.load(journal).trials
     assert 0 < len(before) < 6
     assert {trial.status for trial in before} == {"ok"}
-    assert call("resume", "cut", "--allow-code").code == 75
+    assert call("resume", "stopped", "--allow-code").code == 75
     assert Journal.load(journal).trials == before
 
     server.answer = marks
-    resumed = call("resume", "cut", "--allow-code")
+    resumed = call("resume", "stopped", "--allow-code")
     assert resumed.code == 0, resumed.err
-    assert recorded(study.folder / "cut") == recorded(study.run_dir)
-    assert resumed.out.replace("cut", "whole") == study.result.out
+    assert recorded(study.folder / "stopped") == recorded(study.run_dir)
+    assert resumed.out.replace("stopped", "whole") == study.result.out
     assert_secret(study.folder, study.result.err, cut.out, cut.err, resumed.out, resumed.err)
 
 
-def test_on_ray_a_rejected_key_stops_the_run_and_the_rest_is_the_same(
-    study: Study, server: JudgeServer
-) -> None:
+def test_a_rejected_key_stops_the_run_and_names_its_variable(study: Study, server: JudgeServer) -> None:
     server.answer = lambda _: Answer(status=401, body=f"invalid key {CANARY}".encode())
-    workers = ("--set", "workers={backend: ray, count: 1}")
-    result = call("run", "experiment.yml", "--allow-code", "--run-dir", "ray", *workers)
+    result = call("run", "experiment.yml", "--allow-code", "--run-dir", "rejected")
     assert result.code == 75, result.err
     assert "check the key in the environment variable EVOMERGE_TEST_KEY" in result.err
-    server.answer = marks
-    resumed = call("resume", "ray", "--allow-code")
-    assert resumed.code == 0, resumed.err
+    assert Journal.load(study.folder / "rejected/journal.jsonl").finals == []
+    assert_secret(study.folder / "rejected", result.out, result.err)
+
+
+def test_on_ray_the_journal_is_the_same(study: Study, server: JudgeServer) -> None:
+    workers = ("--set", "workers={backend: ray, count: 1}")
+    result = call("run", "experiment.yml", "--allow-code", "--run-dir", "ray", *workers)
+    assert result.code == 0, result.err
     assert recorded(study.folder / "ray") == recorded(study.run_dir)
-    assert_secret(study.folder / "ray", result.out, result.err, resumed.out, resumed.err)
+    assert_secret(study.folder / "ray", result.out, result.err)
 
 
 # Functions

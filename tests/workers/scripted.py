@@ -57,6 +57,8 @@ class ScriptedWorker:
             time.sleep(0.4)
         elif word == "memory":
             outcome = Outcome(status=Status.FAILED, reason="MemoryError: too much")
+        elif word == "unavailable":
+            outcome = Outcome(status=Status.UNAVAILABLE, reason="the judge is away")
         elif word == "raise":
             raise RuntimeError("a bug")
         elif word == "offline":

@@ -54,6 +54,15 @@ def scores(outcomes: dict[int, Outcome]) -> dict[int, Any]:
     return {number: replace(outcome, seconds={}, attempts=1) for number, outcome in sorted(outcomes.items())}
 
 
+def test_what_no_judge_could_mark_is_told_at_once_and_costs_no_worker(tmp_path: Path) -> None:
+    with scripted_pool(tmp_path, count=1) as pool:
+        outcomes, events = carry_out(pool, [job(0, "unavailable"), job(1)])
+    assert [outcome.status for _, outcome in sorted(outcomes.items())] == [Status.UNAVAILABLE, Status.OK]
+    assert outcomes[0].reason == "the judge is away"
+    assert events == []
+    assert len({*pids(tmp_path, 0), *pids(tmp_path, 1)}) == 1
+
+
 def test_two_workers_give_the_outcomes_of_one_in_process(spec: WorkerSpec) -> None:
     jobs = recipe_jobs(spec, [0.1, 0.5, 1.0, 0.5])
     inline, _ = carry_out(InlinePool(Worker(spec)), jobs)
