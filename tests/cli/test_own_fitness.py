@@ -232,6 +232,7 @@ def test_a_finished_run_is_shown_again_without_asking_anyone(study: Study, serve
     assert len(server.questions) >= study.num_questions
     prompts = [question.prompt for question in server.questions[: study.num_questions]]
     assert len(set(prompts)) == len(prompts), "the same question is asked once"
+    assert {question.headers["Authorization"] for question in server.questions} == {f"Bearer {CANARY}"}
     assert not (study.folder / "__pycache__").exists()
     settings = Journal.load(study.run_dir / "journal.jsonl").header.settings["objectives"][2]["judge"]
     assert settings["url"] == server.url
@@ -296,9 +297,12 @@ def test_a_rejected_key_stops_the_run_and_names_its_variable(study: Study, serve
 
 def test_on_ray_the_journal_is_the_same(study: Study, server: JudgeServer) -> None:
     workers = ("--set", "workers={backend: ray, count: 1}")
+    before = len(server.questions)
     result = call("run", "experiment.yml", "--allow-code", "--run-dir", "ray", *workers)
     assert result.code == 0, result.err
     assert recorded(study.folder / "ray") == recorded(study.run_dir)
+    keys = [question.headers["Authorization"] for question in server.questions[before:]]
+    assert keys == [f"Bearer {CANARY}"] * study.num_questions
     assert_secret(study.folder / "ray", result.out, result.err)
 
 
