@@ -200,9 +200,6 @@ def table_text(table: HoldoutTable) -> str:
             ]
         )
     text = aligned(lines)
-    unreadable = [f"{row.name} {row.unreadable}" for row in table.rows if row.unreadable]
-    if unreadable:
-        text.append(f"replies of judges without a mark, counted as the worst: {', '.join(unreadable)}")
     text += [f"{row.name} violates {label}" for row in table.rows[:1] for label in row.violations]
     text += [f"{name} could not be scored: {reason}" for name, reason in table.failed.items()]
     text += ["", f"{table.rows[0].num_documents} documents each, ± is the standard error; {table.verdict}"]

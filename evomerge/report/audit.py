@@ -49,12 +49,14 @@ class Texts:
         empty: Those of nothing but spaces.
         no_answer: Documents without an answer that could be read.
         wrong_language: Those in another language than asked for.
+        no_mark: Texts to which a judge replied without a mark.
     """
 
     truncated: Share | None
     empty: Share | None
     no_answer: Share | None
     wrong_language: Share | None
+    no_mark: Share | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,7 @@ def texts_of(counts: Mapping[str, int]) -> Texts:
         empty=share("empty", "generations") if "empty" in counts else None,
         no_answer=share("no_answer", "answers_judged"),
         wrong_language=share("wrong_language", "languages_judged"),
+        no_mark=share("unreadable", "judged"),
     )
 
 
@@ -199,6 +202,10 @@ KINDS = {
     "empty": ("empty", "look at what the models say"),
     "no_answer": ("without an answer that can be read", "what they know does not show in such scores"),
     "wrong_language": ("in another language than asked for", "a metric that counts the language shows it"),
+    "no_mark": (
+        "without a readable mark of the judge, which counts as the worst",
+        "look at the judge's prompt",
+    ),
 }
 """What may be wrong with texts -> in words, and what to make of it."""
 

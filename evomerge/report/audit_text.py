@@ -13,6 +13,7 @@ COLUMNS = {
     "empty": "empty",
     "no_answer": "no answer",
     "wrong_language": "other language",
+    "no_mark": "no mark",
 }
 
 

@@ -24,7 +24,6 @@ class Row:
         errors: Objective's label -> standard error of that value, if it can be known.
         num_documents: Documents it was scored on.
         truncated: Generations that ran into the token limit.
-        unreadable: Generations to which a judge replied without a mark.
         violations: Label of every constraint it violates -> by how much, relative to the bound.
     """
 
@@ -34,7 +33,6 @@ class Row:
     errors: Mapping[str, float | None]
     num_documents: int
     truncated: int
-    unreadable: int
     violations: Mapping[str, float]
 
 
@@ -97,7 +95,6 @@ def holdout_table(
             },
             num_documents=sum(len(scores.doc_ids) for scores in samples[final.name].values()),
             truncated=final.counts.get("truncated", 0),
-            unreadable=final.counts.get("unreadable", 0),
             violations=violations(final.metrics, held_out_constraints),
         )
         for final in held_out

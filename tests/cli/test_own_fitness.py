@@ -73,7 +73,7 @@ def server(study: Study, monkeypatch: pytest.MonkeyPatch, key: None) -> Iterator
 
 
 def test_a_run_searches_by_what_is_the_users_own(study: Study, server: JudgeServer) -> None:
-    (header,) = [line for line in study.result.out.splitlines() if line.startswith("on held-out documents")]
+    (header,) = [line for line in study.result.out.splitlines() if line.startswith("on held-out documents  ")]
     for label in ("letters own_score:letters", "letters own_score:certainty", "letters judge org/my-judge"):
         assert label in header
     assert "lm_eval" not in study.result.out

@@ -91,6 +91,8 @@ def test_what_cannot_be_known_is_not_zero() -> None:
     assert texts.empty == Share(count=0, of=8)
     assert texts.no_answer == Share(count=3, of=4)
     assert texts.wrong_language is None
+    assert texts.no_mark is None
+    assert texts_of({"generations": 8, "judged": 8, "unreadable": 1}).no_mark == Share(count=1, of=8)
     choices = texts_of({"generations": 0, "truncated": 0, "output_tokens": 0})
     assert {choices.truncated, choices.empty, choices.no_answer, choices.wrong_language} == {None}
 
