@@ -227,31 +227,6 @@ def test_a_checkpoint_with_stacked_experts_is_written_as_it_is(family: Family, t
     assert_holds(LiveModel(load(tmp_path / "one")), wanted, fresh)
 
 
-def test_an_encoder_with_a_decoder_is_refused_by_name(tmp_path: Path) -> None:
-    config = transformers.T5Config(vocab_size=WORDS, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "one")
-    wanted = recipe("models: [{model: $one}]\nmerge_method: passthrough\n", tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"one: expected .* several: 'decoder\.block' of 2, 'encoder\.b"
-    ):
-        plan_merge(wanted, models(wanted))
-
-
-def test_a_model_with_a_tower_for_images_is_refused_by_name(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(vocab_size=WORDS, **sizes),
-        vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, **sizes),
-        image_token_index=3,
-    )
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "one")
-    wanted = recipe("models: [{model: $one}]\nmerge_method: passthrough\n", tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"one: expected one stack of decoder layers, found several: .*vision"
-    ):
-        plan_merge(wanted, models(wanted))
-
-
 def test_a_config_of_another_depth_is_refused_by_name(family: Family, tmp_path: Path) -> None:
     variant(family("Qwen2") / "one", tmp_path / "one", num_hidden_layers=4)
     wanted = recipe("models: [{model: $one}]\nmerge_method: passthrough\n", tmp_path)

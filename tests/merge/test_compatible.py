@@ -11,6 +11,7 @@ import pytest
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError
 from evomerge.merge.compatible import check_compatible, differing_keys
+from tests.modular import make_family
 from tests.tiny import make_model
 
 
@@ -85,6 +86,21 @@ def test_another_vocabulary_is_refused(donor: Path, tmp_path: Path, movable: boo
 def test_another_architecture_is_refused(donor: Path, tmp_path: Path, movable: bool) -> None:
     with pytest.raises(CheckpointError, match="its model_type is mistral, that of the first is llama"):
         check(edited(tmp_path / "one", model_type="mistral"), donor, movable=movable)
+
+
+@pytest.mark.parametrize("movable", [False, True])
+@pytest.mark.parametrize(
+    ("name", "found"), [("Llava", "language_model.model.layers"), ("T5", "decoder.block")]
+)
+def test_models_of_several_modules_are_refused(
+    donor: Path, tmp_path: Path, name: str, found: str, movable: bool
+) -> None:
+    folder = make_family(tmp_path, name)
+    with pytest.raises(CheckpointError) as caught:
+        check(folder / "two", folder / "one", movable=movable)
+    assert f"expected one stack of decoder layers, found several: '{found}' of 3, " in str(caught.value)
+    assert "a search takes plain language models" in str(caught.value)
+    check(donor, folder / "one", movable=movable)  # told of that model itself, once
 
 
 def test_models_on_a_path_may_differ_in_how_long_a_text_they_take(donor: Path, tmp_path: Path) -> None:
