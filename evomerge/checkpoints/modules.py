@@ -7,7 +7,7 @@
 A model with one stack of layers is one module. Where there are several, the pieces of the names in which the
 stacks part tell the modules; every other tensor beside them is a module of its own, but embedding, final norm
 and head belong to the language model. Modules are called as their tensors are, except for the names that
-mergekit's recipes use. https://github.com/arcee-ai/mergekit#modules
+mergekit's recipes use, https://github.com/arcee-ai/mergekit.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from evomerge.checkpoints.architecture import num_layers
 from evomerge.checkpoints.decoder import is_mlp_output
 from evomerge.checkpoints.folder import what
+from evomerge.checkpoints.modules import DEFAULT, TEXT_DECODER
 from evomerge.checkpoints.reader import CONFIG
 from evomerge.errors import CheckpointError, ConfigurationError
 from evomerge.merge.export import RECIPE
@@ -110,7 +111,8 @@ def _final(file: Path) -> Recipe:
 
 
 def _hops(file: Path, recipe: Recipe) -> Iterator[Hop]:
-    _, holder = next(recipe.modules_or_self())
+    holders = {place[-1] if place else DEFAULT: holder for place, holder in recipe.modules_or_self()}
+    holder = holders.get(TEXT_DECODER) or holders.get(DEFAULT) or next(iter(holders.values()))
     if recipe.merge_method != "passthrough" or not holder.slices:
         found = recipe.merge_method + ("" if holder.slices else " of whole models")
         raise ConfigurationError(

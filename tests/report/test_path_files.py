@@ -40,6 +40,16 @@ def test_slices_become_hops(tmp_path: Path) -> None:
     assert found.title == str(tmp_path / "recipe.yml")
 
 
+def test_of_several_modules_the_path_is_that_of_the_language_model(tmp_path: Path) -> None:
+    modules = {
+        "multi_modal_projector": {"models": [{"model": "a"}]},
+        "text_decoder": {"slices": [piece("a", 0, 2), piece("b", 1, 3)], "parameters": {"scale": 0.5}},
+    }
+    found = path_of_file(recipe_file(tmp_path, modules=modules))
+    hops = [(hop.model, hop.layer, hop.scale) for hop in found.hops]
+    assert hops == [("a", 0, 0.5), ("a", 1, 0.5), ("b", 1, 0.5), ("b", 2, 0.5)]
+
+
 def test_the_scale_shown_is_that_of_the_mlps_output(tmp_path: Path) -> None:
     slices = [
         piece("a", 0, 1, scale=0.5),
