@@ -1,16 +1,19 @@
-"""What racing would have saved in finished runs, and what it would have dropped: replayed over recorded scores.
+"""What racing would have saved in finished runs, and what it would have lost: replayed over recorded scores.
 
-    python -m benchmarks.racing RUN_DIR [RUN_DIR ...] [--out FILE]
+    python -m benchmarks.racing RUN_DIR [RUN_DIR ...] [--no-holdout] [--out FILE]
 
 The runs must have scored every candidate on all documents (no `evaluation.racing`). Each of their generations races
 again, by the code that a run uses, with scores read from the run's files instead of a model. Prints, per error rate:
 
 - used: share of the sample evaluations;
-- wrongly out: share of the truly better half of a generation that went out; candidates that tie with the best of
-  the worse half are not counted, as there is no right or wrong among them;
-- best lost: generations whose best candidate was stopped, and how much fitness the best that was left lacks;
-- winner: fitness on all search documents of the run's winner, and of the one found among those that were not
-  stopped.
+- wrongly out: share of the truly better half of a generation that went out, which the error rate bounds; candidates
+  that tie with the best of the worse half are not counted, as there is no right or wrong among them;
+- new bests lost: generations that brought a new best of the run that was stopped, of those that brought one;
+- winner: fitness on all search documents of the run's winner, and of the winner among those that races leave, the
+  best few scored again as a run does;
+- holdout: the same two on the run's holdout, and how many raced winners are within the standard error of the full
+  run's. Winners other than the recorded one are scored there by the run's experiment, whose models and tasks must
+  be where they were.
 """
 
 from __future__ import annotations
@@ -19,25 +22,31 @@ import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.table import write_table
+from evomerge.confirm import shortlist
 from evomerge.experiment import RacingSettings
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.blocks import split_blocks
-from evomerge.fitness.objectives import fitness
+from evomerge.fitness.objectives import Estimate, Objective, estimate
+from evomerge.fitness.samples import Samples, restricted
 from evomerge.journal import Journal
-from evomerge.race import Course, Race, Samples
+from evomerge.prepare import PreparedRun, prepare
+from evomerge.race import Course, Finish, Incumbent, Race
 from evomerge.recipe import Recipe
 from evomerge.records import Header, Outcome, SampleScores, Status, Trial
 from evomerge.report.status import read_objectives
 from evomerge.run_dir import RunDir
+from evomerge.stages import WINNER, best_trial, named_winner
 from evomerge.workers.base import Job
+from evomerge.workers.worker import Worker
 
-ERROR_RATES = (0.1, 0.2, 0.25, 0.3, 0.4)
+ERROR_RATES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +58,7 @@ class Tally:
     wrong: int = 0
     better: int = 0
     lost: int = 0
-    lacking: float = 0.0
+    new_bests: int = 0
     generations: int = 0
 
 
@@ -57,78 +66,160 @@ def main() -> None:
     """Replay and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dirs", type=Path, nargs="+")
+    parser.add_argument("--no-holdout", action="store_true", help="score no winner on the holdout")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     arguments = parser.parse_args()
-    run_dirs = arguments.run_dirs
-    rows = []
+    runs = [Recorded(path=path) for path in arguments.run_dirs]
+    rows, generations = [], 0
     for rate in ERROR_RATES:
-        tally, found, reached = Tally(), [], []
-        for path in run_dirs:
-            best, left = replay(path, rate, tally)
-            found.append(best)
-            reached.append(left)
+        tally = Tally()
+        winners = [replay(run, rate, tally) for run in runs]
+        generations = tally.generations
         rows.append(
             [
                 f"{rate:g}",
                 f"{tally.used / tally.total:.1%}",
                 f"{tally.wrong / tally.better:.1%}",
-                f"{tally.lost} of {tally.generations}, {tally.lacking / max(1, tally.lost):.4f}",
-                f"{np.mean(found):.4f}",
-                f"{np.mean(reached):.4f}",
+                f"{tally.lost} of {tally.new_bests}",
+                f"{np.mean([run.winner.fitness for run in runs]):.4f}",
+                f"{np.mean([winner.fitness for winner in winners]):.4f}",
+                *([] if arguments.no_holdout else _holdout_columns(runs, winners)),
             ]
         )
-    header = ["error rate", "used", "wrongly out", "best lost", "winner, all documents", "winner, raced"]
+    header = ["error rate", "used", "wrongly out", "new bests lost", "winner, full", "winner, raced"]
+    if not arguments.no_holdout:
+        header += ["holdout, full", "holdout, raced", "within its standard error"]
     write_table(
         arguments.out,
         command="python -m benchmarks.racing RUN_DIR...",
-        intro=f"{len(run_dirs)} finished runs, every generation raced again over recorded scores.",
+        intro=f"{len(runs)} finished runs, {generations} generations, each raced again over recorded scores.",
         head=header,
         rows=rows,
     )
 
 
-def replay(path: Path, rate: float, tally: Tally) -> tuple[float, float]:
-    """Race every generation of a run; return the best fitness of all and of those that were not stopped."""
-    source, recorded = RunDir(path), Journal.load(RunDir(path).journal)
-    objectives = read_objectives(recorded)
-    best = left = float("-inf")
-    for number, trials in enumerate(_generations(recorded.trials)):
-        samples = {trial.number: source.read_scores(trial.scores) for trial in trials}
-        full = {trial.number: fitness(trial.metrics, objectives) for trial in trials}
-        documents = [
-            DocumentSet(task=task, doc_ids=scores.doc_ids, name=task)
-            for task, scores in samples[trials[0].number].items()
-        ]
-        settings = RacingSettings(error_rate=rate)
-        course = Course(
-            blocks=split_blocks(documents, settings.blocks, {}, seed=number), error_rate=settings.error_rate
-        )
-        wanted = max(1, len(trials) // 2)
-        with tempfile.TemporaryDirectory() as folder:
-            run_dir = RunDir(Path(folder))
-            run_dir.create()
-            header = Header(experiment="", settings={}, inputs={}, versions={}, seed=0)
-            with Journal.create(run_dir.journal, header) as journal:
-                race = Race(course, objectives, run_dir, journal, _Recorded(samples, tally))
-                finished = race.score({trial.number: _named(trial.number) for trial in trials}, wanted)
-        stopped = {n for n, done in finished.items() if done.outcome.status is Status.PRUNED}
-        out = {n for n in stopped if "to be the best" not in finished[n].outcome.reason}
-        ranked = sorted(full, key=lambda n: -full[n])
-        bound = full[ranked[wanted]]
-        better = [n for n in ranked[:wanted] if full[n] > bound]
-        tally.total += sum(len(subset.doc_ids) for subset in documents) * len(trials)
-        tally.wrong += len(out & set(better))
-        tally.better += len(better)
-        tally.generations += 1
-        top, top_left = full[ranked[0]], max(full[n] for n in full if n not in stopped)
-        if top_left < top:
-            tally.lost += 1
-            tally.lacking += top - top_left
-        best, left = max(best, top), max(left, top_left)
-    return best, left
+@dataclass(kw_only=True)
+class Recorded:
+    """A finished run."""
+
+    path: Path
+    _held_out: dict[str, Estimate] = field(default_factory=dict)
+
+    @cached_property
+    def folder(self) -> RunDir:
+        """Its folder."""
+        return RunDir(self.path)
+
+    @cached_property
+    def journal(self) -> Journal:
+        """What it recorded."""
+        return Journal.load(self.folder.journal)
+
+    @cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What its fitness is made of."""
+        return read_objectives(self.journal)
+
+    @cached_property
+    def prepared(self) -> PreparedRun:
+        """Its experiment, with models and tasks."""
+        return prepare(self.folder.experiment)
+
+    @property
+    def winner(self) -> Trial:
+        """The winner it named."""
+        found = named_winner(self.journal.trials, self.journal.finals)
+        assert found is not None
+        return found
+
+    def holdout(self, trial: Trial) -> Estimate:
+        """A trial's fitness on the holdout: recorded if it is the winner's, else scored now."""
+        if trial.candidate not in self._held_out:
+            if trial.candidate == self.winner.candidate:
+                final = next(f for f in self.journal.finals if (f.name, f.stage) == (WINNER, "holdout"))
+                samples = self.folder.read_scores(final.scores)
+            else:
+                recipe = self.prepared.stages[0].space.decode(trial.genome)
+                job = Job(number=0, documents=self.prepared.holdout_documents, recipe=recipe)
+                outcome = Worker(replace(self.prepared.spec, statistics=None)).run(job)
+                assert outcome.status is Status.OK, outcome.reason
+                samples = outcome.samples
+            self._held_out[trial.candidate] = estimate(samples, self.objectives)
+        return self._held_out[trial.candidate]
 
 
-class _Recorded:
+def _holdout_columns(runs: Sequence[Recorded], winners: Sequence[Trial]) -> list[str]:
+    full = [run.holdout(run.winner) for run in runs]
+    raced = [run.holdout(winner) for run, winner in zip(runs, winners, strict=True)]
+    good = sum(r.mean >= f.mean - f.standard_error for f, r in zip(full, raced, strict=True))
+    means = [f"{np.mean([each.mean for each in column]):.4f}" for column in (full, raced)]
+    return [*means, f"{good} of {len(runs)}"]
+
+
+def replay(run: Recorded, rate: float, tally: Tally) -> Trial:
+    """Race every generation of a run; return the winner among the candidates that were not stopped."""
+    recorded = {trial.number: trial for trial in run.journal.trials}
+    raced: list[Trial] = []
+    for number, trials in enumerate(_generations(run.journal.trials)):
+        best = best_trial([trial for trial in recorded.values() if trial.number < trials[0].number])
+        finished = _race(run, trials, best, rate, number, tally)
+        for trial in trials:
+            done = finished[trial.number]
+            raced.append(
+                replace(trial, status=done.outcome.status, fitness=done.fitness, out_after=done.out_after)
+            )
+        _count(tally, trials, best, raced[-len(trials) :])
+    again = [recorded[trial.number] for trial in shortlist(raced, 3)]
+    winner = best_trial(again)
+    assert winner is not None
+    return winner
+
+
+def _race(
+    run: Recorded, trials: Sequence[Trial], best: Trial | None, rate: float, number: int, tally: Tally
+) -> dict[int, Finish]:
+    samples = {trial.number: run.folder.read_scores(trial.scores) for trial in trials}
+    documents = [
+        DocumentSet(task=task, doc_ids=scores.doc_ids, name=task)
+        for task, scores in samples[trials[0].number].items()
+    ]
+    settings = RacingSettings(error_rate=rate)
+    course = Course(
+        blocks=split_blocks(documents, settings.blocks, {}, seed=number), error_rate=settings.error_rate
+    )
+    incumbent = None
+    if best is not None and best.fitness is not None:
+        incumbent = Incumbent(merit=(0.0, best.fitness), samples=run.folder.read_scores(best.scores))
+    tally.total += sum(len(subset.doc_ids) for subset in documents) * len(trials)
+    memory = Path("/dev/shm")  # noqa: S108 - what is made durable there costs nothing
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:
+        run_dir = RunDir(Path(scratch))
+        run_dir.create()
+        header = Header(experiment="", settings={}, inputs={}, versions={}, seed=0)
+        with Journal.create(run_dir.journal, header) as journal:
+            race = Race(course, run.objectives, (), run_dir, journal, _Scores(samples, tally))
+            recipes = {trial.number: _named(trial.number) for trial in trials}
+            return race.score(recipes, max(1, len(trials) // 2), incumbent)
+
+
+def _count(tally: Tally, trials: Sequence[Trial], best: Trial | None, raced: Sequence[Trial]) -> None:
+    """Add a generation: as it was scored in full, the best before it, and as it was raced."""
+    full = {trial.number: trial.fitness or 0.0 for trial in trials}
+    out = {trial.number for trial in raced if trial.out_after}
+    whole = {trial.number for trial in raced if trial.status is Status.OK}
+    ranked = sorted(full, key=lambda n: (-full[n], n))
+    wanted = max(1, len(trials) // 2)
+    better = {n for n in ranked[:wanted] if full[n] > full[ranked[wanted]]}
+    tally.generations += 1
+    tally.wrong += len(out & better)
+    tally.better += len(better)
+    top = full[ranked[0]]
+    if best is None or top > (best.fitness or 0.0):
+        tally.new_bests += 1
+        tally.lost += all(full[n] < top for n in whole)
+
+
+class _Scores:
     """Scores jobs from recorded scores, and counts them."""
 
     def __init__(self, samples: dict[int, Samples], tally: Tally) -> None:
@@ -137,17 +228,14 @@ class _Recorded:
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
         for job in jobs:
-            found = {}
-            for subset in job.documents:
-                whole = self._samples[job.number][subset.name]
-                place = {doc: index for index, doc in enumerate(whole.doc_ids)}
-                values = {
-                    key: tuple(column[place[doc]] for doc in subset.doc_ids)
-                    for key, column in whole.values.items()
-                }
-                found[subset.name] = SampleScores(doc_ids=subset.doc_ids, values=values)
-                self._tally.used += len(subset.doc_ids)
-            yield job.number, Outcome(status=Status.OK, samples=found)
+            wanted = {
+                subset.name: SampleScores(doc_ids=subset.doc_ids, values={}) for subset in job.documents
+            }
+            self._tally.used += sum(len(subset.doc_ids) for subset in job.documents)
+            yield (
+                job.number,
+                Outcome(status=Status.OK, samples=restricted(self._samples[job.number], wanted)),
+            )
 
 
 def _generations(trials: Sequence[Trial]) -> Iterator[list[Trial]]:

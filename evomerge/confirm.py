@@ -16,8 +16,8 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import judge
 from evomerge.fitness.objectives import estimate
 from evomerge.fitness.ranking import merit
+from evomerge.fitness.samples import joined, mean_metrics
 from evomerge.loop import Run
-from evomerge.race import joined, mean_metrics
 from evomerge.records import Final, Metrics, Status, Trial
 from evomerge.rivals import Entry, score_entries
 from evomerge.stages import WINNER, Stage, best_trial, decoded
@@ -61,7 +61,7 @@ def confirm(
     Raises:
         RunStoppedError: A stop was asked for.
     """
-    trials = _best(run.journal.trials, count)
+    trials = shortlist(run.journal.trials, count)
     recipes = [decoded(trial, stages, run.journal.trials).recipe for trial in trials]
     finals = [
         score_entries(
@@ -112,12 +112,12 @@ def confirm(
     return ranked
 
 
-def _best(trials: Sequence[Trial], count: int) -> list[Trial]:
+def shortlist(trials: Sequence[Trial], count: int) -> list[Trial]:
     """The best candidates, each once; the best of those scored on all documents is always among them."""
     whole = best_trial(trials)
     assert whole is not None, "a search without a valid candidate ends with an error"
     scored = sorted(
-        (trial for trial in trials if trial.fitness is not None),
+        (trial for trial in trials if trial.fitness is not None and not trial.out_after),
         key=lambda trial: (*merit(trial), -trial.number),
         reverse=True,
     )

@@ -100,7 +100,7 @@ class RacingSettings(StrictRecord):
 
     Attributes:
         blocks: Share of the search documents after each block but the last, rising.
-        error_rate: Largest chance to be among those that the searcher selects at which a candidate is stopped.
+        error_rate: Largest expected share of those that the searcher would select that goes out of the race.
     """
 
     blocks: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [
@@ -322,15 +322,6 @@ class Experiment(StrictRecord):
                         f"{item.fitness} is given different things; leave one of the entries out"
                     )
                 raise ValueError(f"two judges of {item.task} are called {item.measured!r}; give one a name")
-        return self
-
-    @model_validator(mode="after")
-    def _check_constraints(self) -> Experiment:
-        if self.constraints and self.evaluation.racing is not None:
-            raise ValueError(
-                "constraints: races stop candidates by their fitness alone, which would stop one that holds the "
-                "constraints for the sake of one that does not; remove evaluation.racing, or the constraints"
-            )
         return self
 
     @property

@@ -25,13 +25,13 @@ from evomerge.checkpoints.durable import write_atomic
 from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStoppedError
 from evomerge.experiment import ScreenSettings
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.constraints import Constraint, violations
+from evomerge.fitness.constraints import Constraint
 from evomerge.fitness.objectives import Objective, estimate
-from evomerge.fitness.ranking import told
+from evomerge.fitness.ranking import merit, told
 from evomerge.journal import Journal
 from evomerge.measured import with_error
 from evomerge.merge.card import recipes_text
-from evomerge.race import Course, Finish
+from evomerge.race import Course, Finish, Incumbent
 from evomerge.recipe import Recipe
 from evomerge.records import Dimension, Genome, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
@@ -194,13 +194,14 @@ class Run:
         scorer = Scorer(
             documents=self._documents,
             objectives=self.objectives,
+            constraints=self.constraints,
             course=self.course,
             screen=self.screen,
             run_dir=self.run_dir,
             journal=self.journal,
             evaluate=self.outcomes,
         )
-        for number, done in scorer.score(new, max(1, len(genomes) // 2)):
+        for number, done in scorer.score(new, max(1, len(genomes) // 2), self._incumbent(numbers)):
             self._record(
                 self._trial(number, genomes[number - first], recipes[number], done, first), generation
             )
@@ -209,6 +210,16 @@ class Run:
                 same = replace(recorded[known[recipes[number].hash]], number=number, attempts=0, seconds={})
                 self._record(replace(same, genome=genomes[number - first], asked_after=first), generation)
         return [recorded[number] for number in numbers]
+
+    def _incumbent(self, numbers: range) -> Incumbent | None:
+        """The best of this search before a generation, where there is a race to be held against it."""
+        if self.course is None or all(number in self.journal.trials_by_number for number in numbers):
+            return None
+        earlier = [t for t in self.journal.trials if self.stage.has(t) and t.number < numbers.start]
+        best = best_trial(earlier)
+        if best is None:
+            return None
+        return Incumbent(merit=merit(best), samples=self.run_dir.read_scores(best.scores))
 
     def _record(self, trial: Trial, generation: int) -> None:
         self.journal.append(trial)
@@ -237,8 +248,9 @@ class Run:
             seconds=outcome.seconds,
             attempts=outcome.attempts,
             counts=outcome.counts,
-            violations=violations(outcome.metrics, self.constraints) if outcome.metrics else {},
+            violations=done.violations,
             screen=done.screen,
+            out_after=done.out_after,
         )
 
     def _check_replay(self, trial: Trial, genome: Genome) -> None:

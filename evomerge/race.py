@@ -2,31 +2,33 @@
 
     candidates ─ block 0 ─► barrier ─ block 1 ─► barrier ─ ... ─► last block
                                │ out: too unlikely among the best
-                               │ settled: surely among the best, surely not the very best
+                               │ settled: likely among the best, unlikely the best of the run
 
 Decisions fall only at barriers, when all candidates that still race are scored on the same documents, and they
 follow from recorded scores alone. Every block is recorded when it arrives, so a run that is continued scores no
-block again and decides the same. `fitness.racing` computes the chances, `fitness.blocks` the order of documents.
+block again and decides the same. `fitness.posterior` and `fitness.racing` compute the chances, `fitness.blocks`
+the order of documents.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.objectives import Objective, document_shares, fitness
-from evomerge.fitness.racing import Seen, standings
+from evomerge.fitness.constraints import Constraint, judge
+from evomerge.fitness.objectives import Objective
+from evomerge.fitness.posterior import Array, Reference, Seen, draw_means
+from evomerge.fitness.racing import Budget, Merit, Reached, Stop, standings
+from evomerge.fitness.samples import Samples, estimated_metrics, joined, mean_metrics, restricted
 from evomerge.journal import Journal
 from evomerge.recipe import Recipe
-from evomerge.records import Block, Metrics, Outcome, SampleScores, Status
+from evomerge.records import Block, Outcome, Status
 from evomerge.run_dir import RunDir
 from evomerge.workers.base import Job
 
-Samples = Mapping[str, SampleScores]
 Evaluate = Callable[[Sequence[Job]], Iterator[tuple[int, Outcome]]]
 
 
@@ -36,7 +38,7 @@ class Course:
 
     Attributes:
         blocks: The documents of each block.
-        error_rate: Largest chance to be among the best at which a candidate goes out.
+        error_rate: Largest expected share of a generation's best that goes out.
     """
 
     blocks: Sequence[tuple[DocumentSet, ...]]
@@ -52,6 +54,19 @@ class Course:
         return totals
 
 
+@dataclass(frozen=True, kw_only=True)
+class Incumbent:
+    """The best of the run so far, which was scored on all documents.
+
+    Attributes:
+        merit: What it reaches.
+        samples: Its scores.
+    """
+
+    merit: Merit
+    samples: Samples
+
+
 @dataclass(frozen=True)
 class Finish:
     """How the evaluation of a candidate came out.
@@ -59,33 +74,36 @@ class Finish:
     Attributes:
         outcome: Its outcome on the documents it was scored on; `pruned` if a race
             stopped it before the last block.
-        fitness: What the searcher is told, or None unless it was scored.
+        fitness: Its fitness on all documents, estimated if a race stopped it; None unless it was scored.
+        violations: Label of every constraint it violates -> by how much, likewise.
         screen: What it reached in the screening, if there was one.
+        out_after: Number of blocks after which it went out of a race; 0 if it did not.
     """
 
     outcome: Outcome
     fitness: float | None
+    violations: Mapping[str, float] = field(default_factory=dict)
     screen: float | None = None
+    out_after: int = 0
 
 
 @dataclass(kw_only=True)
 class _Runner:
-    """A candidate in the race; `out` is how it was stopped, if it was."""
+    """A candidate in the race; `stop` is how it was stopped, if it was."""
 
     number: int
     recipe: Recipe
     blocks: list[Block]
     samples: Samples
-    reason: str = ""
-    out: bool = False
+    stop: Stop | None = None
 
     @property
     def failed(self) -> bool:
         return bool(self.blocks) and self.blocks[-1].status is not Status.OK
 
     @property
-    def stopped(self) -> bool:
-        return bool(self.reason) or self.failed
+    def out(self) -> bool:
+        return self.stop is not None and self.stop.out
 
 
 class Race:
@@ -94,6 +112,7 @@ class Race:
     Args:
         course: What it goes over.
         objectives: What the fitness is made of.
+        constraints: What a candidate must hold.
         run_dir: Where scores are written.
         journal: Where blocks are recorded.
         evaluate: Scores jobs.
@@ -103,36 +122,47 @@ class Race:
         self,
         course: Course,
         objectives: Sequence[Objective],
+        constraints: Sequence[Constraint],
         run_dir: RunDir,
         journal: Journal,
         evaluate: Evaluate,
     ) -> None:
         self._course = course
         self._objectives = objectives
+        self._constraints = constraints
         self._run_dir = run_dir
         self._journal = journal
         self._evaluate = evaluate
 
-    def score(self, recipes: Mapping[int, Recipe], wanted: int) -> dict[int, Finish]:
+    def score(
+        self, recipes: Mapping[int, Recipe], wanted: int, incumbent: Incumbent | None = None
+    ) -> dict[int, Finish]:
         """Race candidates against each other.
 
         Args:
             recipes: Number of the trial -> its recipe.
             wanted: How many of them the searcher selects.
+            incumbent: The best of the run before them.
         """
         runners = [
             _Runner(number=number, recipe=recipe, blocks=[], samples={})
             for number, recipe in sorted(recipes.items())
         ]
+        num_looks = len(self._course.blocks) - 1
+        budget = Budget(self._course.error_rate, wanted, num_looks)
         for index in range(len(self._course.blocks)):
-            racing = [runner for runner in runners if not runner.stopped]
+            racing = [runner for runner in runners if runner.stop is None and not runner.failed]
             self._run_block(index, racing)
             racing = [runner for runner in racing if not runner.failed]
-            if index + 1 < len(self._course.blocks) and len(racing) > 1:
-                settled = sum(bool(runner.reason) and not runner.out for runner in runners)
-                self._decide(index, racing, max(1, wanted - settled))
-        told = _told(runners, self._objectives)
-        return {runner.number: _finish(runner, told) for runner in runners}
+            if index < num_looks and len(racing) > 1:
+                settled = sum(runner.stop is not None and not runner.out for runner in runners)
+                reached = self._reached(index, racing, incumbent)
+                merit = None if incumbent is None else incumbent.merit
+                found = standings(reached, max(1, wanted - settled), merit)
+                for place, stop in budget.stops(found).items():
+                    racing[place].stop = stop
+        whole = [runner.samples for runner in runners if runner.stop is None and not runner.failed]
+        return {runner.number: self._finish(runner, whole) for runner in runners}
 
     def _run_block(self, index: int, racing: Sequence[_Runner]) -> None:
         by_number = {runner.number: runner for runner in racing}
@@ -154,26 +184,54 @@ class Race:
         runner.blocks.append(block)
         runner.samples = joined([runner.samples, samples])
 
-    def _decide(self, index: int, racing: Sequence[_Runner], wanted: int) -> None:
-        """Stop candidates at the barrier behind a block; the most promising one always goes on."""
-        seen = [
-            Seen(
-                scores_CD=np.stack([document_shares(r.samples, self._objectives)[task] for r in racing]),
+    def _reached(self, index: int, racing: Sequence[_Runner], incumbent: Incumbent | None) -> Reached:
+        """Draw what the candidates reach on all documents, given their scores up to a block."""
+        generator = np.random.default_rng(index)
+        drawn: dict[tuple[str, str], Array] = {}
+        for task, total in self._course.totals.items():
+            measures = (*self._objectives, *self._constraints)
+            keys = list(dict.fromkeys(item.key for item in measures if item.task == task))
+            seen = Seen(
+                scores_MCD=np.array([[r.samples[task].values[key] for r in racing] for key in keys]),
                 total=total,
+                reference=None if incumbent is None else _reference(incumbent, racing[0].samples, task, keys),
             )
-            for task, total in self._course.totals.items()
-        ]
-        rate, count = self._course.error_rate, sum(part.scores_CD.shape[1] for part in seen)
-        found = standings(seen, wanted, seed=index)
-        favourite = max(range(len(racing)), key=lambda place: (found[place].best, -place))
-        for place, (runner, standing) in enumerate(zip(racing, found, strict=True)):
-            if place == favourite:
-                continue
-            chance = f"stopped after {count} documents: chance {standing.among_best:.2f} to be selected"
-            if standing.among_best < rate:
-                runner.reason, runner.out = chance, True
-            elif standing.among_best > 1 - rate and standing.best < rate / 2:
-                runner.reason = f"{chance}, {standing.best:.2f} to be the best"
+            means_SMC = draw_means(seen, generator)
+            drawn.update({(task, key): means_SMC[:, place] for place, key in enumerate(keys)})
+        weight = sum(item.weight for item in self._objectives)
+        fitness_SC = sum(
+            item.weight / weight * item.value(drawn[item.task, item.key]) for item in self._objectives
+        )
+        violated_SC = sum(item.violation(drawn[item.task, item.key]) for item in self._constraints)
+        return Reached(fitness_SC=np.asarray(fitness_SC), violated_SC=violated_SC + np.zeros_like(fitness_SC))
+
+    def _finish(self, runner: _Runner, whole: Sequence[Samples]) -> Finish:
+        """How the evaluation of a candidate came out.
+
+        Args:
+            runner: The candidate.
+            whole: Scores of the candidates that were scored on all documents.
+        """
+        blocks = runner.blocks
+        last = blocks[-1]
+        outcome = Outcome(
+            status=last.status,
+            reason=last.reason,
+            seconds=_sum([block.seconds for block in blocks]),
+            counts={key: int(count) for key, count in _sum([block.counts for block in blocks]).items()},
+            attempts=sum(block.attempts for block in blocks),
+        )
+        if runner.failed:
+            return Finish(outcome, None)
+        outcome = replace(outcome, metrics=mean_metrics(runner.samples), samples=runner.samples)
+        metrics = outcome.metrics
+        if runner.stop is not None:
+            metrics = estimated_metrics(runner.samples, whole)
+            outcome = replace(outcome, status=Status.PRUNED, reason=_reason(runner))
+        judgement = judge(metrics, self._objectives, self._constraints)
+        return Finish(
+            outcome, judgement.fitness, judgement.violations, out_after=len(blocks) if runner.out else 0
+        )
 
 
 def record_block(
@@ -198,84 +256,24 @@ def record_block(
     return journal.blocks[number, index]
 
 
-def joined(parts: Sequence[Samples]) -> Samples:
-    """The scores of several passes over different documents as one, documents ascending."""
-    ids: dict[str, list[int]] = {}
-    columns: dict[str, dict[str, list[float]]] = {}
-    for part in parts:
-        for task, scores in part.items():
-            ids.setdefault(task, []).extend(scores.doc_ids)
-            for key, values in scores.values.items():
-                columns.setdefault(task, {}).setdefault(key, []).extend(values)
-    found: dict[str, SampleScores] = {}
-    for task, docs in ids.items():
-        order = sorted(range(len(docs)), key=docs.__getitem__)
-        found[task] = SampleScores(
-            doc_ids=tuple(docs[place] for place in order),
-            values={key: tuple(column[place] for place in order) for key, column in columns[task].items()},
-        )
-    return found
-
-
-def mean_metrics(samples: Samples) -> Metrics:
-    """Task -> metric -> mean over the documents."""
-    return {
-        task: {key: math.fsum(values) / len(values) for key, values in part.values.items()}
-        for task, part in samples.items()
-    }
-
-
-def _told(runners: Sequence[_Runner], objectives: Sequence[Objective]) -> dict[int, float]:
-    """What the searcher is told of every scored candidate.
-
-    A candidate that was stopped is estimated from its documents and from how much better those who went to the
-    end did on theirs than on these. Those that went out rank below all others, by the block they reached and
-    then by their estimate.
-    """
-    scored = [runner for runner in runners if not runner.failed]
-    whole = [runner for runner in scored if not runner.reason]
-    estimates = {runner.number: _estimate(runner, whole, objectives) for runner in scored}
-    kept = [runner for runner in scored if not runner.out]
-    out = [runner for runner in scored if runner.out]
-    told = {runner.number: estimates[runner.number] for runner in kept}
-    bound = min(told.values(), default=math.inf)
-    for runner in sorted(out, key=lambda r: (-len(r.blocks), -estimates[r.number], r.number)):
-        bound = told[runner.number] = min(estimates[runner.number], math.nextafter(bound, -math.inf))
-    return told
-
-
-def _estimate(runner: _Runner, whole: Sequence[_Runner], objectives: Sequence[Objective]) -> float:
-    if not runner.reason:
-        return fitness(mean_metrics(runner.samples), objectives)
-    own = document_shares(runner.samples, objectives)
-    estimate = 0.0
-    for task, shares in own.items():
-        estimate += float(shares.mean())
-        if whole:
-            ids = runner.samples[task].doc_ids
-            others = [(document_shares(w.samples, objectives)[task], w.samples[task].doc_ids) for w in whole]
-            places = {doc: place for place, doc in enumerate(others[0][1])}
-            on_these = [places[doc] for doc in ids]
-            estimate += float(np.mean([scores.mean() - scores[on_these].mean() for scores, _ in others]))
-    return estimate
-
-
-def _finish(runner: _Runner, told: Mapping[int, float]) -> Finish:
-    blocks = runner.blocks
-    last = blocks[-1]
-    outcome = Outcome(
-        status=last.status,
-        reason=last.reason,
-        seconds=_sum([block.seconds for block in blocks]),
-        counts={key: int(count) for key, count in _sum([block.counts for block in blocks]).items()},
-        attempts=sum(block.attempts for block in blocks),
+def _reference(incumbent: Incumbent, seen: Samples, task: str, keys: Sequence[str]) -> Reference:
+    on_these = restricted(incumbent.samples, seen)[task].values
+    on_all = incumbent.samples[task].values
+    return Reference(
+        scores_MD=np.array([on_these[key] for key in keys]),
+        means_M=np.array([np.mean(on_all[key]) for key in keys]),
     )
-    if runner.failed:
-        return Finish(outcome, None)
-    scored = replace(outcome, metrics=mean_metrics(runner.samples), samples=runner.samples)
-    if runner.reason:
-        scored = replace(scored, status=Status.PRUNED, reason=runner.reason)
-    return Finish(scored, told[runner.number])
+
+
+def _reason(runner: _Runner) -> str:
+    assert runner.stop is not None
+    num = sum(len(scores.doc_ids) for scores in runner.samples.values())
+    chances = runner.stop.standing
+    how = "out" if runner.out else "settled"
+    return (
+        f"{how} after {num} documents: chance {chances.among_best:.2f} to be selected, {chances.best:.2f} to be "
+        "the best of the run"
+    )
 
 
 def _sum(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

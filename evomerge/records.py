@@ -122,6 +122,8 @@ class Trial:
         counts: Tallies for the audit.
         violations: Label of every constraint it violates -> by how much, relative to the bound.
         screen: What it reached in the screening that comes before its evaluation, if there was one.
+        out_after: Number of blocks after which it went out of a race, so that it ranks behind all that did not; 0
+            if it did not.
     """
 
     number: int
@@ -139,6 +141,7 @@ class Trial:
     counts: Mapping[str, int] = field(default_factory=dict)
     violations: Mapping[str, float] = field(default_factory=dict)
     screen: float | None = None
+    out_after: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

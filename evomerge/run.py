@@ -307,7 +307,7 @@ def _get_ready(run: Run, prepared: PreparedRun) -> None:
         blocks = split_blocks(
             prepared.search_documents,
             racing.blocks,
-            difficulty(samples, run.objectives),
+            difficulty(samples, run.objectives, run.constraints),
             seed=run.journal.header.seed,
         )
         run.course = Course(blocks=blocks, error_rate=racing.error_rate)

@@ -13,10 +13,11 @@ from dataclasses import replace
 
 from evomerge.experiment import ScreenSettings
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.objectives import Objective, fitness
+from evomerge.fitness.constraints import Constraint, judge
+from evomerge.fitness.objectives import Objective
 from evomerge.fitness.screen import passing, screening_documents, screening_score
 from evomerge.journal import Journal
-from evomerge.race import Course, Evaluate, Finish, Race, record_block
+from evomerge.race import Course, Evaluate, Finish, Incumbent, Race, record_block
 from evomerge.recipe import Recipe
 from evomerge.records import Outcome, Status
 from evomerge.run_dir import RunDir
@@ -32,6 +33,7 @@ class Scorer:
     Args:
         documents: What candidates are scored on.
         objectives: What the fitness is made of.
+        constraints: What a candidate must hold to win.
         course: What candidates race over; None to score all of them on all documents.
         screen: How candidates are screened; None to score all of them.
         run_dir: Where scores are written.
@@ -44,6 +46,7 @@ class Scorer:
         *,
         documents: tuple[DocumentSet, ...],
         objectives: Sequence[Objective],
+        constraints: Sequence[Constraint],
         course: Course | None,
         screen: ScreenSettings | None,
         run_dir: RunDir,
@@ -52,13 +55,16 @@ class Scorer:
     ) -> None:
         self._documents = documents
         self._objectives = objectives
+        self._constraints = constraints
         self._course = course
         self._screen = screen
         self._run_dir = run_dir
         self._journal = journal
         self._evaluate = evaluate
 
-    def score(self, recipes: Mapping[int, Recipe], wanted: int) -> Iterator[tuple[int, Finish]]:
+    def score(
+        self, recipes: Mapping[int, Recipe], wanted: int, incumbent: Incumbent | None = None
+    ) -> Iterator[tuple[int, Finish]]:
         """Score the candidates of a generation that are not recorded as trials.
 
         Those that are recorded take part over their recorded scores, so that the others meet the same rivals.
@@ -66,6 +72,7 @@ class Scorer:
         Args:
             recipes: Number of the trial -> its recipe, each recipe once.
             wanted: How many of them the searcher selects.
+            incumbent: The best of the run before them.
         """
         missing = [number for number in recipes if number not in self._journal.trials_by_number]
         if not missing:
@@ -77,21 +84,35 @@ class Scorer:
         for number in missing:
             if number not in going:
                 yield number, screened[number]
-        for number, done in self._in_full(going, [n for n in missing if n in going], wanted):
+        for number, done in self._in_full(going, [n for n in missing if n in going], wanted, incumbent):
             yield number, replace(done, screen=screened[number].screen)
 
     def _in_full(
-        self, recipes: Mapping[int, Recipe], missing: Sequence[int], wanted: int
+        self,
+        recipes: Mapping[int, Recipe],
+        missing: Sequence[int],
+        wanted: int,
+        incumbent: Incumbent | None,
     ) -> Iterator[tuple[int, Finish]]:
         if self._course is not None and missing:
-            race = Race(self._course, self._objectives, self._run_dir, self._journal, self._evaluate)
-            finished = race.score(recipes, wanted)
+            race = Race(
+                self._course,
+                self._objectives,
+                self._constraints,
+                self._run_dir,
+                self._journal,
+                self._evaluate,
+            )
+            finished = race.score(recipes, wanted, incumbent)
             yield from ((number, finished[number]) for number in missing)
             return
         jobs = [Job(number=n, documents=self._documents, recipe=recipes[n]) for n in missing]
         for number, outcome in self._evaluate(jobs):
-            is_ok = outcome.status is Status.OK
-            yield number, Finish(outcome, fitness(outcome.metrics, self._objectives) if is_ok else None)
+            if outcome.status is Status.OK:
+                judgement = judge(outcome.metrics, self._objectives, self._constraints)
+                yield number, Finish(outcome, judgement.fitness, judgement.violations)
+            else:
+                yield number, Finish(outcome, None)
 
     def _screened(self, recipes: Mapping[int, Recipe], settings: ScreenSettings) -> dict[int, Finish]:
         """Number of the trial -> `ok` if it goes on; else how it ended."""
@@ -126,5 +147,5 @@ class Scorer:
             if number in scores and number not in passed:
                 reason = f"left out by the screening, in which it reached {scores[number]:.4f}"
                 outcome = replace(outcome, status=Status.PRUNED, reason=reason)
-            found[number] = Finish(outcome, None, scores.get(number))
+            found[number] = Finish(outcome, None, screen=scores.get(number))
         return found

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.objectives import Objective, document_shares
-from evomerge.records import SampleScores
+from evomerge.fitness.objectives import Measure, Objective, document_shares
+from evomerge.fitness.samples import Samples
 
 MIN_DOCUMENTS = 2
 """Documents of a task in the first block at least; of fewer nothing can be said of their spread."""
@@ -54,20 +54,27 @@ def split_blocks(
 
 
 def difficulty(
-    samples: Sequence[Mapping[str, SampleScores]], objectives: Sequence[Objective]
+    samples: Sequence[Samples], objectives: Sequence[Objective], constraints: Sequence[Measure] = ()
 ) -> dict[str, dict[int, float]]:
     """Task -> document -> what models score on it on average, in shares of the fitness.
+
+    On a task that no objective is on, it is what the first constraint is on.
 
     Args:
         samples: Scores of the models, all on the same documents.
         objectives: What the fitness is made of.
+        constraints: What else is measured.
     """
-    found: dict[str, dict[int, float]] = {}
+    if not samples:
+        return {}
     shares = [document_shares(each, objectives) for each in samples]
-    for task in shares[0] if shares else ():
-        means = np.mean([each[task] for each in shares], axis=0)
-        found[task] = dict(zip(samples[0][task].doc_ids, means.tolist(), strict=True))
-    return found
+    means = {task: np.mean([each[task] for each in shares], axis=0) for task in shares[0]}
+    for item in constraints:
+        if item.task not in means:
+            means[item.task] = np.mean([each[item.task].values[item.key] for each in samples], axis=0)
+    return {
+        task: dict(zip(samples[0][task].doc_ids, mean.tolist(), strict=True)) for task, mean in means.items()
+    }
 
 
 def _ordered(subset: DocumentSet, difficulty: Mapping[int, float], seed: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Literal
 from evomerge.errors import ConfigurationError, Fault, TaskError
 from evomerge.experiment import ConstraintSettings
 from evomerge.fitness.metrics import LIKELIHOOD
-from evomerge.fitness.objectives import Measure, Objective, fitness
+from evomerge.fitness.objectives import Measure, Number, Objective, fitness
 from evomerge.measure_settings import FunctionSettings
 from evomerge.records import Final, Metrics
 
@@ -55,11 +55,11 @@ class Constraint(Measure):
         loss = (1 - self.limit) * abs(self.best)
         return (self.best - loss, True) if self.maximize else (self.best + loss, False)
 
-    def violation(self, value: float) -> float:
-        """How far a value lies beyond the bound, relative to it; beyond a bound of 0, how far. 0 if it holds."""
+    def violation(self, value: Number) -> Number:
+        """How far values lie beyond the bound, relative to it; beyond a bound of 0, how far. 0 where it holds."""
         bound, is_lower = self.bound
         excess = bound - value if is_lower else value - bound
-        return excess / (abs(bound) or 1.0) if excess > TOLERANCE * max(1.0, abs(bound)) else 0.0
+        return (excess > TOLERANCE * max(1.0, abs(bound))) * excess / (abs(bound) or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,27 @@
 """Racing: which candidates of a generation need no more documents.
 
-Candidates are scored in blocks of documents, all on the same ones. After a block the fitness that each would
-reach on all documents is known up to chance: its remaining documents are a sample of the same kind as those it
-was scored on. From this follows how likely it is among the best `wanted` of its generation, which is what an
-evolution strategy selects by, and how likely it is the very best, which is what the run is after:
+Candidates are scored in blocks of documents, all on the same ones. After a block follows from joint draws of what
+each would reach on all documents (`fitness.posterior`) how likely it is among the best `wanted` of its generation,
+which is what an evolution strategy selects by, and how likely it becomes the best of the run, which is what the
+run is after. Then
 
-- a candidate that is too unlikely among the best is *out*;
-- a candidate that is surely among the best and surely not the best is *settled*: where exactly it ranks among
-  the chosen matters little.
+- a candidate that is unlikely among the best goes *out*, at the price of that chance;
+- a candidate that is likely among the best, and not the best of the run, is *settled*, at the price of the chance
+  that it is not among them: where exactly it ranks among the chosen matters little.
 
-All others go on to the next block. The error rate is spent over the looks: the chance of a candidate to be
-among the best is bounded by it at the moment it goes out.
+The chance of a candidate when it stops is what its stop costs on average, whenever that happens. So the sum of
+these chances is the expected number of the truly best that a race loses, over all its looks; `Budget` keeps it
+within `error_rate` of them. It is spent evenly over the looks, the surest stops first, because the first looks
+would spend it on guesses otherwise.
 
-The chances are computed, not bounded: scores of all candidates on the documents so far, their covariances
-included, as candidates fail on the same documents, and the correction for drawing documents from a finite set
-without putting them back. The idea of racing is from Maron and Moore, "Hoeffding Races: Accelerating Model
-Selection Search for Classification and Function Approximation", 1993; the use of it within evolution
-strategies from Heidrich-Meisner and Igel, "Hoeffding and Bernstein Races for Selecting Policies in
-Evolutionary Direct Policy Search", 2009, https://doi.org/10.1145/1553374.1553426. Their bounds hold for any
-distribution, but are so wide that they stop hardly any candidate before a few hundred documents.
+The idea of racing is from Maron and Moore, "Hoeffding Races: Accelerating Model Selection Search for Classification
+and Function Approximation", 1993; the use of it within evolution strategies from Heidrich-Meisner and Igel,
+"Hoeffding and Bernstein Races for Selecting Policies in Evolutionary Direct Policy Search", 2009,
+https://doi.org/10.1145/1553374.1553426. Their bounds hold for any distribution, but are so wide that they stop
+hardly any candidate before a few hundred documents. Spending an error over looks follows Lan and DeMets, "Discrete
+Sequential Boundaries for Clinical Trials", 1983, https://doi.org/10.1093/biomet/70.3.659.
 
-Legend: C candidates, D documents scored so far, S draws.
+Legend: S draws, C candidates.
 """
 
 from __future__ import annotations
@@ -29,26 +30,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-NUM_DRAWS = 4000
-"""Draws from which chances are counted; an error rate of 0.1 is then met within 0.01."""
+from evomerge.fitness.posterior import Array
 
-Scores = NDArray[np.float64]
+Merit = tuple[float, float]
+"""What models compare by, the larger the better; `fitness.ranking.merit`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What is known of the candidates on one task.
+class Reached:
+    """Draws of what candidates reach on all documents.
 
     Attributes:
-        scores_CD: What each document adds to a candidate's fitness when it counts for one document, that is
-            weight times score; larger is better.
-        total: Number of documents of the task in all.
+        fitness_SC: Their fitness.
+        violated_SC: Sum of their relative violations of constraints.
     """
 
-    scores_CD: Scores
-    total: int
+    fitness_SC: Array
+    violated_SC: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,71 +55,98 @@ class Standing:
     """How a candidate stands after a block.
 
     Attributes:
-        mean: Its fitness on the documents so far.
         among_best: Chance to be among the best `wanted`.
-        best: Chance to be the best of all.
+        best: Chance to be the best of all and better than the best of the run so far.
     """
 
-    mean: float
     among_best: float
     best: float
 
 
-def standings(tasks: Sequence[Seen], wanted: int, *, seed: int) -> list[Standing]:
+def standings(reached: Reached, wanted: int, incumbent: Merit | None = None) -> list[Standing]:
     """How every candidate that is still racing stands.
 
     Args:
-        tasks: What is known per task, the same candidates in each.
+        reached: Draws of what they reach.
         wanted: How many of them will be chosen.
-        seed: Seed of the draws.
+        incumbent: What the best of the run so far reaches.
     """
-    means_C, covariance_CC = _posterior(tasks)
-    num = len(means_C)
-    generator = np.random.default_rng(seed)
-    # The root by eigenvalues also serves covariances that are not definite: candidates that are alike.
-    values, vectors = np.linalg.eigh(covariance_CC)
-    root_CC = vectors * np.sqrt(np.clip(values, 0.0, None))
-    # The covariance is itself estimated, from as many documents; hence Student's t instead of the normal.
-    freedom = min(task.scores_CD.shape[1] for task in tasks)
-    tails_S = np.sqrt(freedom / generator.chisquare(freedom, NUM_DRAWS))
-    drawn_SC = means_C + (generator.standard_normal((NUM_DRAWS, num)) @ root_CC.T) * tails_S[:, None]
-    order_SC = np.argsort(-drawn_SC, axis=1, kind="stable")
-    chosen = np.bincount(order_SC[:, :wanted].ravel(), minlength=num) / NUM_DRAWS
-    best = np.bincount(order_SC[:, 0], minlength=num) / NUM_DRAWS
+    num_draws, num = reached.fitness_SC.shape
+    order_SC = np.lexsort((-reached.fitness_SC, reached.violated_SC), axis=-1)
+    chosen_C = np.bincount(order_SC[:, :wanted].ravel(), minlength=num) / num_draws
+    first_S = order_SC[:, 0]
+    is_new_S = np.ones(num_draws, dtype=bool)
+    if incumbent is not None:
+        draws_S = np.arange(num_draws)
+        merit_S = -reached.violated_SC[draws_S, first_S]
+        is_fitter_S = reached.fitness_SC[draws_S, first_S] > incumbent[1]
+        is_new_S = (merit_S > incumbent[0]) | ((merit_S == incumbent[0]) & is_fitter_S)
+    best_C = np.bincount(first_S[is_new_S], minlength=num) / num_draws
     return [
-        Standing(mean=float(m), among_best=float(c), best=float(b))
-        for m, c, b in zip(means_C, chosen, best, strict=True)
+        Standing(among_best=float(chosen), best=float(best))
+        for chosen, best in zip(chosen_C, best_C, strict=True)
     ]
 
 
-def _posterior(tasks: Sequence[Seen]) -> tuple[Scores, Scores]:
-    """Mean and covariance of the fitness on all documents, given those seen."""
-    parts = [_task_posterior(task) for task in tasks]
-    return sum((mean for mean, _ in parts), np.zeros(1)), sum((cov for _, cov in parts), np.zeros((1, 1)))
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """Why a candidate stops.
+
+    Attributes:
+        out: Whether it is too unlikely among the best; else it is settled.
+        standing: How it stood.
+    """
+
+    out: bool
+    standing: Standing
 
 
-def _task_posterior(task: Seen) -> tuple[Scores, Scores]:
-    """What a task adds to it: the documents seen, and a prediction for the others."""
-    scores_CD, (num, count) = task.scores_CD, task.scores_CD.shape
-    mean_C = scores_CD.mean(axis=1)
-    rest = task.total - count
-    if not rest:
-        return mean_C, np.zeros((num, num))
-    centred_CD = scores_CD - mean_C[:, None]
-    spread = float(np.ptp(scores_CD)) or 1.0
-    # One more document, on which candidates differ by chance as much as scores do: a few documents that agree
-    # by luck must not pass for certainty.
-    within_CC = (centred_CD @ centred_CD.T + np.eye(num) * spread**2 / 2) / (count + 1)
-    noise_CC = within_CC / count
-    # Candidates differ less than their means on few documents do. What noise does not explain of the variance
-    # of the means is that of the candidates themselves, and the means shrink towards their own mean by it
-    # (empirical Bayes).
-    common = float(mean_C.mean())
-    noise = float(np.trace(noise_CC) - noise_CC.sum() / num) / max(1, num - 1)
-    between = max(0.0, float(mean_C.var(ddof=1)) - noise) if num > 1 else 0.0
-    prior_CC = np.eye(num) * max(between, 1e-12 * spread**2)
-    gain_CC = np.linalg.solve(prior_CC + noise_CC, prior_CC).T
-    ability_C = common + gain_CC @ (mean_C - common)
-    ability_CC = prior_CC - gain_CC @ prior_CC
-    share = rest / task.total
-    return (1 - share) * mean_C + share * ability_C, share**2 * (ability_CC + within_CC / rest)
+class Budget:
+    """What a race may lose, and what its stops have cost so far.
+
+    Three things are counted apart, each with `error_rate` of what there is: the best `wanted` that go out, the
+    places among them that settled candidates take wrongly, and the best of the run, of which a generation has at
+    most one.
+
+    Args:
+        error_rate: Largest expected share of them that is lost.
+        wanted: How many candidates will be chosen.
+        looks: How often `stops` will be asked.
+    """
+
+    def __init__(self, error_rate: float, wanted: int, looks: int) -> None:
+        self._error_rate = error_rate
+        self._wanted = wanted
+        self._looks = looks
+        self._look = 0
+        self._spent = {True: 0.0, False: 0.0}
+        self._spent_best = 0.0
+
+    def stops(self, standings: Sequence[Standing]) -> dict[int, Stop]:
+        """Who stops at this look; the most promising candidate never does.
+
+        Args:
+            standings: How the candidates stand that are still racing.
+
+        Returns:
+            Place among them -> why it stops.
+        """
+        self._look += 1
+        allowed = self._error_rate * self._look / self._looks
+        places = range(len(standings))
+        favourite = max(places, key=lambda at: (standings[at].best, standings[at].among_best, -at))
+        found: dict[int, Stop] = {}
+        for place in sorted(places, key=lambda at: (_price(standings[at]), at)):
+            standing = standings[place]
+            out, price = standing.among_best < 0.5, _price(standing)
+            fits = self._spent[out] + price <= allowed * self._wanted
+            if place != favourite and fits and self._spent_best + standing.best <= allowed:
+                self._spent[out] += price
+                self._spent_best += standing.best
+                found[place] = Stop(out=out, standing=standing)
+        return found
+
+
+def _price(standing: Standing) -> float:
+    """The chance that a stop is wrong, going out or being settled, whichever is surer."""
+    return min(standing.among_best, 1 - standing.among_best)

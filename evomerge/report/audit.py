@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evomerge.fitness.objectives import Estimate, Objective, estimate
+from evomerge.fitness.samples import joined
 from evomerge.journal import Journal
 from evomerge.measured import as_share
-from evomerge.race import joined
 from evomerge.records import Status, Trial
 from evomerge.report.holdout import HoldoutTable
 from evomerge.run_dir import RunDir

@@ -99,11 +99,6 @@ BAD_EXPERIMENTS = {
         "  - {{metric: exact_match, max: 0.5}}\nsearch: {{",
         ["experiment.yml:15", "constraints.1", "letters exact_match >= 0.9", "constraints.0", "nothing can"],
     ),
-    "a race under constraints": (
-        "evaluation:",
-        "constraints: [{{retention: 0.9}}]\nevaluation:\n  racing: {{}}",
-        ["constraints: ", "races stop candidates by their fitness alone"],
-    ),
     "a screening by a metric that there is not": (
         "  batch_size: 8",
         "  batch_size: 8\n  screen: {{metric: perplexity}}",
