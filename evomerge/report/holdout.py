@@ -42,7 +42,8 @@ class HoldoutTable:
 
     Attributes:
         rows: The winner first, then the others from best to worst.
-        rival: Name of the best of the others.
+        rival: Name of the model that the verdict is about: the best of the others, unless the winner's lead over
+            another one is less certain.
         test: The winner against the rival, paired over documents.
         tests: Every other model's name -> the winner against it.
         failed: Models that could not be scored -> why.
@@ -60,7 +61,12 @@ class HoldoutTable:
         test = self.test
         numbers = f"{test.difference:+.4f}, 95 % interval {test.low:+.4f} to {test.high:+.4f}, p = {test.p_value:.2g}"
         if test.difference > 0 and test.significant:
-            return f"the winner beats the best of the others, {self.rival} ({numbers})"
+            best = (
+                "the best of the others, "
+                if self.rival == self.rows[1].name
+                else "all others, the closest is "
+            )
+            return f"the winner beats {best}{self.rival} ({numbers})"
         if test.difference > 0:
             return f"the winner's lead over {self.rival} is NOT significant ({numbers})"
         return f"the winner does NOT beat {self.rival} ({numbers})"
@@ -102,10 +108,25 @@ def holdout_table(
     ]
     rows.sort(key=lambda row: (row.name != WINNER, -row.fitness.mean, row.name))
     tests = {row.name: paired_test(samples[WINNER], samples[row.name], objectives) for row in rows[1:]}
+    rival = _rival(tests)
     return HoldoutTable(
         rows=tuple(rows),
-        rival=rows[1].name,
-        test=tests[rows[1].name],
+        rival=rival,
+        test=tests[rival],
         tests=tests,
         failed={final.name: final.reason for final in held_out if final.status is not Status.OK},
     )
+
+
+def _rival(tests: Mapping[str, PairedTest]) -> str:
+    """Whom the winner must beat to be announced.
+
+    It beats all others only if it beats each of them at the 5 % level, which holds for all together then
+    (Berger, "Multiparameter Hypothesis Testing and Acceptance Sampling", 1982). The best of the others on the
+    holdout alone will not do: it may be the best by luck, and the winner's lead over another one less certain.
+
+    Args:
+        tests: The winner against every other model, the best of them first.
+    """
+    best = next(iter(tests))
+    return max(tests, key=lambda name: tests[name].p_value) if tests[best].difference > 0 else best

@@ -147,3 +147,33 @@ def test_the_winner_is_held_to_its_constraints_on_the_holdout(run_dir: RunDir) -
     }
     assert found.rows[1].violations == {}
     assert "winner violates t acc retains 0.9 of the best source" in table_text(found)
+
+
+def test_the_winner_must_beat_the_rival_that_it_is_least_sure_to_beat(run_dir: RunDir) -> None:
+    """A model that hardly differs from the winner is beaten for sure; one that differs much, by luck."""
+    rng = np.random.default_rng(4)
+    winner = rng.integers(0, 2, 200).astype(float)
+    close, far = winner.copy(), rng.permutation(winner)
+    close[np.flatnonzero(winner)[:8]] = 0.0
+    far[np.flatnonzero(far)[:12]] = 0.0
+    finals = []
+    for name, column in ((WINNER, winner), ("close", close), ("far", far)):
+        scores = {"t": SampleScores(doc_ids=tuple(range(200)), values={"acc,none": tuple(column.tolist())})}
+        path = run_dir.write_scores(name, scores)
+        finals.append(
+            Final(
+                name=name,
+                stage="holdout",
+                candidate="",
+                recipe=None,
+                status=Status.OK,
+                metrics={"t": {"acc,none": float(column.mean())}},
+                scores=path,
+            )
+        )
+    found = holdout_table(run_dir, finals, OBJECTIVES[:1])
+    assert found is not None
+    assert [row.name for row in found.rows] == [WINNER, "close", "far"]
+    assert found.tests["close"].significant
+    assert not found.tests["far"].significant
+    assert found.verdict.startswith("the winner's lead over far is NOT significant ")
