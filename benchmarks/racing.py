@@ -1,6 +1,6 @@
 """What racing would have saved in finished runs, and what it would have lost: replayed over recorded scores.
 
-    python -m benchmarks.racing RUN_DIR [RUN_DIR ...] [--no-holdout] [--out FILE]
+    python -m benchmarks.racing RUN_DIR [RUN_DIR ...] [--front] [--recorded-only] [--out FILE]
 
 The runs must have scored every candidate on all documents (no `evaluation.racing`). Each of their generations races
 again, by the code that a run uses, with scores read from the run's files instead of a model. Prints, per error rate:
@@ -9,11 +9,15 @@ again, by the code that a run uses, with scores read from the run's files instea
 - wrongly out: share of the truly better half of a generation that went out, which the error rate bounds; candidates
   that tie with the best of the worse half are not counted, as there is no right or wrong among them;
 - new bests lost: generations that brought a new best of the run that was stopped, of those that brought one;
+- front: share of the run's Pareto front that is left, of those scored on all documents;
 - winner: fitness on all search documents of the run's winner, and of the winner among those that races leave, the
   best few scored again as a run does;
 - holdout: the same two on the run's holdout, and how many raced winners are within the standard error of the full
-  run's. Winners other than the recorded one are scored there by the run's experiment, whose models and tasks must
-  be where they were.
+  run's.
+
+Winners other than the recorded one are scored on the holdout, and the source models on the search documents to
+order these, by the run's experiment, whose models and tasks must be where they were. `--recorded-only` does without:
+there is no holdout then, and documents are in an arbitrary order.
 """
 
 from __future__ import annotations
@@ -32,8 +36,9 @@ from benchmarks.table import write_table
 from evomerge.confirm import shortlist
 from evomerge.experiment import RacingSettings
 from evomerge.fitness.base import DocumentSet
-from evomerge.fitness.blocks import split_blocks
+from evomerge.fitness.blocks import difficulty, split_blocks
 from evomerge.fitness.objectives import Estimate, Objective, estimate
+from evomerge.fitness.ranking import pareto_front
 from evomerge.fitness.samples import Samples, restricted
 from evomerge.journal import Journal
 from evomerge.prepare import PreparedRun, prepare
@@ -60,20 +65,28 @@ class Tally:
     lost: int = 0
     new_bests: int = 0
     generations: int = 0
+    front: int = 0
+    front_left: int = 0
 
 
 def main() -> None:
     """Replay and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dirs", type=Path, nargs="+")
-    parser.add_argument("--no-holdout", action="store_true", help="score no winner on the holdout")
+    parser.add_argument("--front", action="store_true", help="race with `front: true`")
+    parser.add_argument("--recorded-only", action="store_true", help="score no model")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     arguments = parser.parse_args()
     runs = [Recorded(path=path) for path in arguments.run_dirs]
+    if not arguments.recorded_only:
+        runs[0].difficulty = runs[0].source_scores()
+        for run in runs[1:]:
+            is_same = run.journal.header.inputs == runs[0].journal.header.inputs
+            run.difficulty = runs[0].difficulty if is_same else run.source_scores()
     rows, generations = [], 0
     for rate in ERROR_RATES:
         tally = Tally()
-        winners = [replay(run, rate, tally) for run in runs]
+        winners = [replay(run, RacingSettings(error_rate=rate, front=arguments.front), tally) for run in runs]
         generations = tally.generations
         rows.append(
             [
@@ -81,13 +94,14 @@ def main() -> None:
                 f"{tally.used / tally.total:.1%}",
                 f"{tally.wrong / tally.better:.1%}",
                 f"{tally.lost} of {tally.new_bests}",
+                f"{tally.front_left / tally.front:.0%}",
                 f"{np.mean([run.winner.fitness for run in runs]):.4f}",
                 f"{np.mean([winner.fitness for winner in winners]):.4f}",
-                *([] if arguments.no_holdout else _holdout_columns(runs, winners)),
+                *([] if arguments.recorded_only else _holdout_columns(runs, winners)),
             ]
         )
-    header = ["error rate", "used", "wrongly out", "new bests lost", "winner, full", "winner, raced"]
-    if not arguments.no_holdout:
+    header = ["error rate", "used", "wrongly out", "new bests lost", "front", "winner, full", "winner, raced"]
+    if not arguments.recorded_only:
         header += ["holdout, full", "holdout, raced", "within its standard error"]
     write_table(
         arguments.out,
@@ -103,6 +117,7 @@ class Recorded:
     """A finished run."""
 
     path: Path
+    difficulty: dict[str, dict[int, float]] = field(default_factory=dict)
     _held_out: dict[str, Estimate] = field(default_factory=dict)
 
     @cached_property
@@ -132,6 +147,17 @@ class Recorded:
         assert found is not None
         return found
 
+    def source_scores(self) -> dict[str, dict[int, float]]:
+        """Task -> document -> what the source models score on average, as a run that races finds it out."""
+        worker = Worker(replace(self.prepared.spec, statistics=None))
+        samples = []
+        for model in self.prepared.checkpoints.values():
+            job = Job(number=0, documents=self.prepared.search_documents, checkpoint=model.folder)
+            outcome = worker.run(job)
+            assert outcome.status is Status.OK, outcome.reason
+            samples.append(outcome.samples)
+        return difficulty(samples, self.objectives)
+
     def holdout(self, trial: Trial) -> Estimate:
         """A trial's fitness on the holdout: recorded if it is the winner's, else scored now."""
         if trial.candidate not in self._held_out:
@@ -156,19 +182,23 @@ def _holdout_columns(runs: Sequence[Recorded], winners: Sequence[Trial]) -> list
     return [*means, f"{good} of {len(runs)}"]
 
 
-def replay(run: Recorded, rate: float, tally: Tally) -> Trial:
+def replay(run: Recorded, settings: RacingSettings, tally: Tally) -> Trial:
     """Race every generation of a run; return the winner among the candidates that were not stopped."""
     recorded = {trial.number: trial for trial in run.journal.trials}
     raced: list[Trial] = []
     for number, trials in enumerate(_generations(run.journal.trials)):
         best = best_trial([trial for trial in recorded.values() if trial.number < trials[0].number])
-        finished = _race(run, trials, best, rate, number, tally)
+        finished = _race(run, trials, best, settings, number, tally)
         for trial in trials:
             done = finished[trial.number]
             raced.append(
                 replace(trial, status=done.outcome.status, fitness=done.fitness, out_after=done.out_after)
             )
         _count(tally, trials, best, raced[-len(trials) :])
+    left = {trial.number for trial in raced if trial.status is Status.OK}
+    front = pareto_front(list(recorded.values()), run.objectives)
+    tally.front += len(front)
+    tally.front_left += sum(trial.number in left for trial in front)
     again = [recorded[trial.number] for trial in shortlist(raced, 3)]
     winner = best_trial(again)
     assert winner is not None
@@ -176,20 +206,31 @@ def replay(run: Recorded, rate: float, tally: Tally) -> Trial:
 
 
 def _race(
-    run: Recorded, trials: Sequence[Trial], best: Trial | None, rate: float, number: int, tally: Tally
+    run: Recorded,
+    trials: Sequence[Trial],
+    best: Trial | None,
+    settings: RacingSettings,
+    number: int,
+    tally: Tally,
 ) -> dict[int, Finish]:
     samples = {trial.number: run.folder.read_scores(trial.scores) for trial in trials}
     documents = [
         DocumentSet(task=task, doc_ids=scores.doc_ids, name=task)
         for task, scores in samples[trials[0].number].items()
     ]
-    settings = RacingSettings(error_rate=rate)
     course = Course(
-        blocks=split_blocks(documents, settings.blocks, {}, seed=number), error_rate=settings.error_rate
+        blocks=split_blocks(documents, settings.blocks, run.difficulty, seed=number),
+        error_rate=settings.error_rate,
+        front=settings.front,
     )
     incumbent = None
     if best is not None and best.fitness is not None:
-        incumbent = Incumbent(merit=(0.0, best.fitness), samples=run.folder.read_scores(best.scores))
+        earlier = [trial for trial in run.journal.trials if trial.number < trials[0].number]
+        incumbent = Incumbent(
+            merit=(0.0, best.fitness),
+            samples=run.folder.read_scores(best.scores),
+            front=[trial.metrics for trial in pareto_front(earlier, run.objectives)],
+        )
     tally.total += sum(len(subset.doc_ids) for subset in documents) * len(trials)
     memory = Path("/dev/shm")  # noqa: S108 - what is made durable there costs nothing
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as scratch:

@@ -101,6 +101,7 @@ class RacingSettings(StrictRecord):
     Attributes:
         blocks: Share of the search documents after each block but the last, rising.
         error_rate: Largest expected share of those that the searcher would select that goes out of the race.
+        front: Whether candidates go on that may be on the Pareto front of the objectives.
     """
 
     blocks: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [
@@ -114,6 +115,7 @@ class RacingSettings(StrictRecord):
         0.8,
     ]
     error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.25
+    front: bool = False
 
     @model_validator(mode="after")
     def _check_blocks(self) -> RacingSettings:

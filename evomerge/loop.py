@@ -27,7 +27,7 @@ from evomerge.experiment import ScreenSettings
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import Constraint
 from evomerge.fitness.objectives import Objective, estimate
-from evomerge.fitness.ranking import merit, told
+from evomerge.fitness.ranking import merit, pareto_front, told
 from evomerge.journal import Journal
 from evomerge.measured import with_error
 from evomerge.merge.card import recipes_text
@@ -219,7 +219,8 @@ class Run:
         best = best_trial(earlier)
         if best is None:
             return None
-        return Incumbent(merit=merit(best), samples=self.run_dir.read_scores(best.scores))
+        front = [trial.metrics for trial in pareto_front(earlier, self.objectives)]
+        return Incumbent(merit=merit(best), samples=self.run_dir.read_scores(best.scores), front=front)
 
     def _record(self, trial: Trial, generation: int) -> None:
         self.journal.append(trial)

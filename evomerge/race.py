@@ -21,11 +21,11 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import Constraint, judge
 from evomerge.fitness.objectives import Objective
 from evomerge.fitness.posterior import Array, Reference, Seen, draw_means
-from evomerge.fitness.racing import Budget, Merit, Reached, Stop, standings
+from evomerge.fitness.racing import Budget, Merit, Reached, Standing, Stop, standings
 from evomerge.fitness.samples import Samples, estimated_metrics, joined, mean_metrics, restricted
 from evomerge.journal import Journal
 from evomerge.recipe import Recipe
-from evomerge.records import Block, Outcome, Status
+from evomerge.records import Block, Metrics, Outcome, Status
 from evomerge.run_dir import RunDir
 from evomerge.workers.base import Job
 
@@ -39,10 +39,12 @@ class Course:
     Attributes:
         blocks: The documents of each block.
         error_rate: Largest expected share of a generation's best that goes out.
+        front: Whether candidates go on that may be on the Pareto front.
     """
 
     blocks: Sequence[tuple[DocumentSet, ...]]
     error_rate: float
+    front: bool = False
 
     @property
     def totals(self) -> dict[str, int]:
@@ -61,10 +63,12 @@ class Incumbent:
     Attributes:
         merit: What it reaches.
         samples: Its scores.
+        front: Metrics of the models on the Pareto front so far.
     """
 
     merit: Merit
     samples: Samples
+    front: Sequence[Metrics] = ()
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,7 @@ class Race:
             if index < num_looks and len(racing) > 1:
                 settled = sum(runner.stop is not None and not runner.out for runner in runners)
                 reached = self._reached(index, racing, incumbent)
-                merit = None if incumbent is None else incumbent.merit
-                found = standings(reached, max(1, wanted - settled), merit)
+                found = self._standings(reached, max(1, wanted - settled), incumbent)
                 for place, stop in budget.stops(found).items():
                     racing[place].stop = stop
         whole = [runner.samples for runner in runners if runner.stop is None and not runner.failed]
@@ -198,12 +201,22 @@ class Race:
             )
             means_SMC = draw_means(seen, generator)
             drawn.update({(task, key): means_SMC[:, place] for place, key in enumerate(keys)})
-        weight = sum(item.weight for item in self._objectives)
-        fitness_SC = sum(
-            item.weight / weight * item.value(drawn[item.task, item.key]) for item in self._objectives
+        values_OSC = [item.value(drawn[item.task, item.key]) for item in self._objectives]
+        weights_O = np.array([item.weight for item in self._objectives])
+        fitness_SC = np.tensordot(weights_O / weights_O.sum(), np.array(values_OSC), axes=1)
+        violated = (item.violation(drawn[item.task, item.key]) for item in self._constraints)
+        return Reached(
+            fitness_SC=fitness_SC,
+            violated_SC=sum(violated, np.zeros_like(fitness_SC)),
+            values_OSC=values_OSC if self._course.front else (),
         )
-        violated_SC = sum(item.violation(drawn[item.task, item.key]) for item in self._constraints)
-        return Reached(fitness_SC=np.asarray(fitness_SC), violated_SC=violated_SC + np.zeros_like(fitness_SC))
+
+    def _standings(self, reached: Reached, wanted: int, incumbent: Incumbent | None) -> list[Standing]:
+        if incumbent is None:
+            return standings(reached, wanted)
+        known = incumbent.front if self._course.front else ()
+        front = [[item.value(item.of(metrics)) for item in self._objectives] for metrics in known]
+        return standings(reached, wanted, incumbent.merit, front)
 
     def _finish(self, runner: _Runner, whole: Sequence[Samples]) -> Finish:
         """How the evaluation of a candidate came out.

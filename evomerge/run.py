@@ -310,7 +310,7 @@ def _get_ready(run: Run, prepared: PreparedRun) -> None:
             difficulty(samples, run.objectives, run.constraints),
             seed=run.journal.header.seed,
         )
-        run.course = Course(blocks=blocks, error_rate=racing.error_rate)
+        run.course = Course(blocks=blocks, error_rate=racing.error_rate, front=racing.front)
 
 
 def _name_winner(run: Run, prepared: PreparedRun) -> Decoded:
