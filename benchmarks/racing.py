@@ -47,7 +47,7 @@ from evomerge.recipe import Recipe
 from evomerge.records import Header, Outcome, SampleScores, Status, Trial
 from evomerge.report.status import read_objectives
 from evomerge.run_dir import RunDir
-from evomerge.stages import WINNER, best_trial, named_winner
+from evomerge.stages import best_trial, named_winner
 from evomerge.workers.base import Job
 from evomerge.workers.worker import Worker
 
@@ -106,7 +106,7 @@ def main() -> None:
     write_table(
         arguments.out,
         command="python -m benchmarks.racing RUN_DIR...",
-        intro=f"{len(runs)} finished runs, {generations} generations, each raced again over recorded scores.",
+        intro=f"{len(runs)} runs, {generations} generations, each raced again over recorded scores.",
         head=header,
         rows=rows,
     )
@@ -161,9 +161,9 @@ class Recorded:
     def holdout(self, trial: Trial) -> Estimate:
         """A trial's fitness on the holdout: recorded if it is the winner's, else scored now."""
         if trial.candidate not in self._held_out:
-            if trial.candidate == self.winner.candidate:
-                final = next(f for f in self.journal.finals if (f.name, f.stage) == (WINNER, "holdout"))
-                samples = self.folder.read_scores(final.scores)
+            held_out = {f.candidate: f for f in self.journal.finals if f.stage == "holdout" and f.scores}
+            if trial.candidate in held_out:
+                samples = self.folder.read_scores(held_out[trial.candidate].scores)
             else:
                 recipe = self.prepared.stages[0].space.decode(trial.genome)
                 job = Job(number=0, documents=self.prepared.holdout_documents, recipe=recipe)

@@ -114,7 +114,7 @@ class RacingSettings(StrictRecord):
         0.6,
         0.8,
     ]
-    error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.25
+    error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 0.3
     front: bool = False
 
     @model_validator(mode="after")

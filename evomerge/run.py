@@ -17,6 +17,8 @@ from evomerge.finish import finish
 from evomerge.fitness.blocks import difficulty, split_blocks
 from evomerge.fitness.constraints import needs_sources, with_sources
 from evomerge.fitness.metrics import has_stock_metric
+from evomerge.fitness.optimism import MAX_CANDIDATES, optimism
+from evomerge.fitness.ranking import merit
 from evomerge.fitness.stock import stock_command
 from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
@@ -27,7 +29,7 @@ from evomerge.own_code import check_loads
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.race import Course
 from evomerge.recipe import Recipe
-from evomerge.records import Header, Trial
+from evomerge.records import Header, Status, Trial
 from evomerge.report.audit import Audit, audit_run
 from evomerge.report.holdout import HoldoutTable, holdout_table
 from evomerge.rivals import score_entries, source_entries
@@ -335,9 +337,23 @@ def _name_winner(run: Run, prepared: PreparedRun) -> Decoded:
             run.news(
                 f"noise floor: the fitness of a candidate scored twice differs by up to {max(noise):.4f}"
             )
+    _tell_luck(run, best)
     winner = decoded(best, prepared.stages, run.journal.trials)
     write_recipe(run.run_dir, winner.recipe, best, winner.merges)
     return winner
+
+
+def _tell_luck(run: Run, best: Trial) -> None:
+    """Say how much of the winner's fitness on the search documents is expected to be luck."""
+    whole = [t for t in run.journal.trials if t.status is Status.OK and t.scores and t.attempts]
+    ranked = sorted(whole, key=lambda trial: (*merit(trial), -trial.number), reverse=True)[:MAX_CANDIDATES]
+    if len(ranked) > 1 and best.fitness is not None:
+        samples = [run.run_dir.read_scores(trial.scores) for trial in ranked]
+        luck = optimism(samples, run.objectives, seed=run.journal.header.seed)
+        run.news(
+            f"about {luck:.4f} of the winner's fitness on the search documents is expected to be luck; the "
+            "holdout shows what is left"
+        )
 
 
 def _with_winner(prepared: PreparedRun, run: Run) -> PreparedRun:
