@@ -26,7 +26,7 @@ MAX_CANDIDATES = 100
 
 
 def optimism(samples: Sequence[Samples], objectives: Sequence[Objective], *, seed: int) -> float:
-    """By how much the best of some candidates is expected to look better than it is.
+    """By how much the best of some candidates is expected to look better than it is; 0 at least.
 
     Args:
         samples: Their scores, all on the same documents.
@@ -47,4 +47,4 @@ def optimism(samples: Sequence[Samples], objectives: Sequence[Objective], *, see
             other_C += scores_CD[:, order_D[:aside]].mean(axis=1)
         best = int(chosen_C.argmax())
         drops.append(chosen_C[best] - other_C[best])
-    return float(np.mean(drops)) if drops else 0.0
+    return max(0.0, float(np.mean(drops))) if drops else 0.0

@@ -45,7 +45,7 @@ from evomerge.workers import PROCESS_BYTES
 
 Measure = Callable[[Load], Machine]
 
-RACING_SHARE = 0.5
+RACING_SHARE = 0.2
 """Share of a generation that is scored on all documents at least, where the others stop after the first block."""
 
 DEFAULT_WIDTH = 1024
