@@ -351,8 +351,8 @@ def _tell_luck(run: Run, best: Trial) -> None:
         samples = [run.run_dir.read_scores(trial.scores) for trial in ranked]
         luck = optimism(samples, run.objectives, seed=run.journal.header.seed)
         run.news(
-            f"about {luck:.4f} of the winner's fitness on the search documents is expected to be luck; the "
-            "holdout shows what is left"
+            f"at least about {luck:.4f} of the winner's fitness on the search documents is expected to be luck; "
+            "the holdout shows what is left"
         )
 
 

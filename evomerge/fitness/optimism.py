@@ -45,6 +45,7 @@ def optimism(samples: Sequence[Samples], objectives: Sequence[Objective], *, see
             aside = math.ceil(len(order_D) / 10)
             chosen_C += scores_CD[:, order_D[aside:]].mean(axis=1)
             other_C += scores_CD[:, order_D[:aside]].mean(axis=1)
-        best = int(chosen_C.argmax())
-        drops.append(chosen_C[best] - other_C[best])
+        # Equals count alike: whichever came first would depend on their order, which may tell of all documents.
+        best = chosen_C.max()
+        drops.append(best - other_C[chosen_C >= best - 1e-12].mean())
     return max(0.0, float(np.mean(drops))) if drops else 0.0

@@ -42,3 +42,12 @@ def test_one_candidate_alone_had_no_luck() -> None:
 
 def test_one_document_says_nothing() -> None:
     assert optimism(as_samples(np.ones((3, 1))), OBJECTIVES, seed=0) == 0.0
+
+
+def test_the_order_of_the_candidates_says_nothing() -> None:
+    """Equals on most documents are common; which of them is listed first must not matter."""
+    scores_CD = answers(np.random.default_rng(3), 40, 60, 0.3).round()
+    ranked_CD = scores_CD[np.argsort(-scores_CD.mean(axis=1), kind="stable")]
+    found = [optimism(as_samples(each), OBJECTIVES, seed=0) for each in (scores_CD, ranked_CD)]
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+    assert found[0] > 0.01
