@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -57,6 +57,18 @@ class Statistics(Protocol):
         ...
 
 
+class SourceLine(NamedTuple):
+    """The elements of a source tensor in a row.
+
+    Attributes:
+        tensor: Them, flat.
+        array: The same memory in the form that the loops for the CPU take, or None if they cannot.
+    """
+
+    tensor: Tensor
+    array: NDArray[Any] | None
+
+
 class Bank:
     """Source tensors, and what is known of them.
 
@@ -79,9 +91,10 @@ class Bank:
         self.device = device
         self._sources = sources
         self._store = StatisticsStore(statistics, lambda model: sources[model].content_hash())
-        self._budget = budget
+        self.budget = budget
         self._resident: dict[Key, Tensor] = {}
         self._resident_bytes = 0
+        self._lines: dict[Key, SourceLine] = {}
         self._lock = threading.Lock()
         self._histograms: dict[tuple[Key, Key], Histogram] = {}
         self._ranks: dict[tuple[Key, Key], Tensor] = {}
@@ -94,12 +107,26 @@ class Bank:
         with self._lock:
             return self._load(key)
 
+    def line(self, key: Key) -> SourceLine:
+        """A source tensor's elements; they cost nothing again where tensors stay in the process's memory."""
+        known = self._lines.get(key)
+        if known is not None:
+            return known
+        from evomerge.merge.kernels import cpu
+
+        flat = self.tensor(key).reshape(-1)
+        line = SourceLine(flat, cpu.flat(flat) if cpu.is_native(flat) else None)
+        # Under a budget, tensors come and go.
+        if self.device == "cpu" and self.budget is None:
+            self._lines[key] = line
+        return line
+
     def _load(self, key: Key) -> Tensor:
         model, name = key
         tensor = self._sources[model].tensor(name)
         if self.device == "cpu":
-            if self._budget is not None:
-                self._make_room(tensor.nbytes, self._budget)
+            if self.budget is not None:
+                self._make_room(tensor.nbytes, self.budget)
             self._keep(key, tensor)
             return tensor
         tensor = tensor.to(self.device)
@@ -108,7 +135,7 @@ class Bank:
         return tensor
 
     def _fits(self, tensor: Tensor) -> bool:
-        return self._budget is None or self._resident_bytes + tensor.nbytes <= self._budget
+        return self.budget is None or self._resident_bytes + tensor.nbytes <= self.budget
 
     def _keep(self, key: Key, tensor: Tensor) -> None:
         self._resident[key] = tensor
@@ -225,7 +252,7 @@ class Bank:
         """What gives back the pages of elements that statistics are done with, if memory is limited."""
 
         def release(first: int, count: int) -> None:
-            if self._budget is not None:
+            if self.budget is not None:
                 for model, name in keys:
                     self._sources[model].release(name, first, count)
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from evomerge.errors import CheckpointError, Fault
-from evomerge.merge.bank import Bank, Statistics, TensorSource
+from evomerge.merge.bank import Bank, SourceLine, Statistics, TensorSource
 from evomerge.merge.kernels.threads import spread
 from evomerge.merge.methods import MergeInputs
 from evomerge.merge.methods.base import CombinationInputs, TaskVectorInputs
@@ -23,9 +24,10 @@ from evomerge.merge.plan import TensorPlan
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from evomerge.merge.kernels.reference import Elements, Operation
+    from evomerge.merge.kernels.reference import Elements, Line, Operation
 
 PIECE = 1 << 16
 """Elements that an elementwise formula is given at once: its temporaries stay in the processor's cache."""
@@ -53,15 +55,20 @@ class PreparedTensor:
 
     Attributes:
         plan: What to do.
-        tensors: Its inputs, flat, in the types they are stored in.
+        lines: Its inputs, in the types they are stored in.
         operation: What a kernel carries out, or None for a formula in torch and for copies.
         ranks: Position of an input -> ranks of its elements, where the operation asks for them.
     """
 
     plan: TensorPlan
-    tensors: Sequence[Tensor]
+    lines: Sequence[SourceLine]
     operation: Operation | None
     ranks: Mapping[int, Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its inputs, flat."""
+        return [line.tensor for line in self.lines]
 
     @property
     def numel(self) -> int:
@@ -73,7 +80,7 @@ class PreparedTensor:
         """Type of the result."""
         import torch
 
-        return self.tensors[0].dtype if self.plan.dtype is None else getattr(torch, self.plan.dtype)
+        return self.lines[0].tensor.dtype if self.plan.dtype is None else getattr(torch, self.plan.dtype)
 
     @property
     def divisible(self) -> bool:
@@ -88,7 +95,7 @@ class PreparedTensor:
         count = min(PIECE, self.numel) if self.divisible else self.numel
         ranks = sum(ranks.nbytes for ranks in self.ranks.values())
         unscaled = 4 * count if self.plan.rescale is not None else 0
-        return 4 * count * (3 * len(self.tensors) + 4) + ranks + unscaled
+        return 4 * count * (3 * len(self.lines) + 4) + ranks + unscaled
 
     def write(self, out: Tensor, first: int = 0) -> bool:
         """Compute the elements first <= e < first + out.numel().
@@ -126,23 +133,56 @@ class PreparedTensor:
     def _write_merged(self, out: Tensor, first: int) -> bool:
         if self.operation is None:
             return self._write_formula(out, first)
-        elements = self._elements()
-        if out.numel() < elements.count:
-            elements = elements.part(first, first + out.numel())
+        native = self._native(out, first)
+        if native is not None:
+            from evomerge.merge.kernels import cpu, cpu_arrays
+
+            return cpu_arrays.run(self.operation, native, cpu.flat(out))
+        elements = self._elements(self.tensors, self.ranks, first, out.numel())
         return _kernel(out)(self.operation, elements, out)
 
-    def _elements(self) -> Elements[Tensor]:
+    def prepared_write(self, out: Tensor, first: int) -> Callable[[], bool]:
+        """What does as `write` when it is called, on that thread, with as little as possible left to Python."""
+        if self.plan.dtype is not None and self.plan.rescale is None and self.operation is not None:
+            native = self._native(out, first)
+            if native is not None:
+                from evomerge.merge.kernels import cpu, cpu_arrays
+
+                return cpu_arrays.prepared(self.operation, native, cpu.flat(out))
+        return partial(self.write, out, first)
+
+    def _native(self, out: Tensor, first: int) -> Elements[NDArray[Any]] | None:
+        """The inputs of a run of elements as the loops for the CPU take them, if they know all types."""
+        from evomerge.merge.kernels import cpu
+
+        arrays = self._arrays
+        if arrays is None or not cpu.is_native(out) or not out.is_contiguous():
+            return None
+        ranks = {source: cpu.flat(line) for source, line in self.ranks.items()}
+        return self._elements(arrays, ranks, first, out.numel())
+
+    @property
+    def _arrays(self) -> list[NDArray[Any]] | None:
+        """Its inputs as the loops for the CPU take them, if they are of one type that these know."""
+        arrays = [line.array for line in self.lines if line.array is not None]
+        alike = len(arrays) == len(self.lines) and all(array.dtype == arrays[0].dtype for array in arrays)
+        return arrays if alike else None
+
+    def _elements(
+        self, inputs: Sequence[Line], ranks: Mapping[int, Line], first: int, count: int
+    ) -> Elements[Line]:
         from evomerge.merge.kernels.reference import Elements
 
-        return Elements(
+        elements = Elements(
             name=self.plan.name,
             seed=self.plan.seed,
             shape=self.plan.shape,
             first=0,
-            tensors=self.tensors,
+            tensors=inputs,
             base=self.plan.base,
-            ranks=self.ranks,
+            ranks=ranks,
         )
+        return elements if count == elements.count else elements.part(first, first + count)
 
     def _write_formula(self, out: Tensor, first: int) -> bool:
         if not self.plan.method.elementwise:
@@ -177,13 +217,13 @@ def prepare_tensor(plan: TensorPlan, bank: Bank) -> PreparedTensor:
         plan: What to do.
         bank: The sources.
     """
-    tensors = [bank.tensor(key).reshape(-1) for key in plan.inputs]
+    lines = [bank.line(key) for key in plan.inputs]
     operation = operation_of(plan, bank) if plan.dtype is not None else None
     ranks = {}
     if isinstance(operation, TaskVectorSum):
         ranked = [term.source for term in operation.terms if isinstance(term.keep, Ranked)]
         ranks = {source: bank.ranks(plan.inputs[source], plan.inputs[plan.base or 0]) for source in ranked}
-    return PreparedTensor(plan=plan, tensors=tensors, operation=operation, ranks=ranks)
+    return PreparedTensor(plan=plan, lines=lines, operation=operation, ranks=ranks)
 
 
 def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> PreparedTensor | None:
@@ -201,7 +241,8 @@ def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> Prepared
         return _first_flawed(((plan, out, 0) for plan, out in wanted), bank)
     parts = [part for plan, out in wanted for part in _parts(plan, out, bank)]
     # Batches of many tensors, as waking a thread takes as long as computing a small one.
-    batches = spread(lambda batch: _first_flawed(batch, bank), _batches(parts))
+    work = _first_flawed if bank.budget is not None else _first_flawed_of_batch
+    batches = spread(lambda batch: work(batch, bank), _batches(parts))
     return next((flawed for flawed in batches if flawed is not None), None)
 
 
@@ -225,6 +266,15 @@ def _first_flawed(parts: Iterable[Part], bank: Bank) -> PreparedTensor | None:
         if not prepared.write(out, first):
             return prepared
     return None
+
+
+def _first_flawed_of_batch(batch: Sequence[Part], bank: Bank) -> PreparedTensor | None:
+    """As `_first_flawed`, Python first: after loops have gone through the caches it runs at half the speed."""
+    steps = []
+    for what, out, first in batch:
+        prepared = prepare_tensor(what, bank) if isinstance(what, TensorPlan) else what
+        steps.append((prepared, prepared.prepared_write(out, first)))
+    return next((prepared for prepared, write in steps if not write()), None)
 
 
 def _batches(parts: Sequence[Part]) -> list[list[Part]]:

@@ -9,7 +9,9 @@ one bin can hold a fifth of a tensor, all of one magnitude.)
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -107,15 +109,20 @@ class Histogram:
             sums = np.cumsum(counts * smallest + low_sums * np.ldexp(1.0, exponents - 150))
         return cls(np.stack([bins.astype(np.float64), np.cumsum(counts).astype(np.float64), sums]))
 
+    @cached_property
+    def _rows(self) -> list[memoryview]:
+        """The table's rows; numbers are taken out of these in half the time, a candidate takes thousands."""
+        return [memoryview(row) for row in np.ascontiguousarray(self.table)]
+
     @property
     def num_elements(self) -> int:
         """Number of elements of the task vector."""
-        return int(self.table.item(1, -1)) if self.table.shape[1] else 0
+        return int(self._rows[1][-1]) if self.table.shape[1] else 0
 
     @property
     def norm(self) -> float:
         """Its L1 norm."""
-        return self.table.item(2, -1) if self.table.shape[1] else 0.0
+        return float(self._rows[2][-1]) if self.table.shape[1] else 0.0
 
     def largest(self, count: int) -> Band:
         """The band of the `count` largest elements, at least 1 and at most all."""
@@ -128,36 +135,36 @@ class Histogram:
             first: Number of smallest elements to leave out.
             end: Number of elements up to the largest one kept, above `first`.
         """
-        _, ends, sums = self.table
-        low = int(ends.searchsorted(first, side="right"))
-        high = int(ends.searchsorted(end, side="left"))
-        up_to_low, before_low = ends.item(low), ends.item(low - 1) if low else 0.0
-        share_low = (min(up_to_low, end) - first) / (up_to_low - before_low)
+        bins, ends, sums = self._rows
+        low, high = bisect_right(ends, first), bisect_left(ends, end)
+        before_low = ends[low - 1] if low else 0.0
+        share_low = (min(ends[low], end) - first) / (ends[low] - before_low)
         share_high = 1.0
         if high > low:
-            before_high = ends.item(high - 1)
-            share_high = (end - before_high) / (ends.item(high) - before_high)
+            before_high = ends[high - 1]
+            share_high = (end - before_high) / (ends[high] - before_high)
         # The norm inside, the bins at the boundaries in proportion.
-        norm, sum_low, sum_high = sums.item(-1), sums.item(low), sums.item(high)
-        after = share_low * (sum_low - (sums.item(low - 1) if low else 0.0))
+        norm = sums[-1]
+        after = share_low * (sums[low] - (sums[low - 1] if low else 0.0))
         if high > low:
-            after += sum_high - sum_low - (1 - share_high) * (sum_high - sums.item(high - 1))
+            after += sums[high] - sums[low] - (1 - share_high) * (sums[high] - sums[high - 1])
         known = norm >= TINY_NORM and after >= TINY_NORM
         return Band(
-            low=self._cut(low, share_low, inside=0),
-            high=None if end == ends.item(-1) else self._cut(high, share_high, inside=1),
+            low=_cut(bins[low], share_low, inside=0),
+            high=None if end == ends[-1] else _cut(bins[high], share_high, inside=1),
             rescale=norm / after if known else 1.0,
         )
 
-    def _cut(self, place: int, share: float, *, inside: int) -> Cut:
-        """The cut that keeps a share of a bin: its bounds are the bin's start (0) and end (1)."""
-        start = int(self.table.item(0, place)) << BIN_SHIFT
-        end = start + (1 << BIN_SHIFT)
-        kept = round(share * 2**32)
-        if 0 < kept < 2**32:
-            return Cut(end, start, kept - 1) if inside else Cut(start, end, kept - 1)
-        bound = end if bool(kept) == bool(inside) else start
-        return Cut(bound, bound, 0)
+
+def _cut(number: float, share: float, *, inside: int) -> Cut:
+    """The cut that keeps a share of a bin: its bounds are the bin's start (0) and end (1)."""
+    start = int(number) << BIN_SHIFT
+    end = start + (1 << BIN_SHIFT)
+    kept = round(share * 2**32)
+    if 0 < kept < 2**32:
+        return Cut(end, start, kept - 1) if inside else Cut(start, end, kept - 1)
+    bound = end if bool(kept) == bool(inside) else start
+    return Cut(bound, bound, 0)
 
 
 TINY_NORM = 1e-7

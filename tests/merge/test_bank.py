@@ -44,6 +44,22 @@ def delta(sources: dict[str, Source]) -> torch.Tensor:
     return sources["one"].tensor("w").float() - sources["base"].tensor("w").float()
 
 
+@pytest.mark.parametrize("budget", [None, 1 << 30])
+def test_a_line_is_the_tensor_itself(budget: int | None) -> None:
+    sources = models(7, 3)
+    line = Bank(sources, budget=budget).line(ONE)
+    assert line.array is not None
+    assert line.tensor.shape == line.array.shape == (21,)
+    stored = sources["one"].tensor("w")
+    assert line.tensor.data_ptr() == line.array.ctypes.data == stored.data_ptr()
+
+
+def test_lines_are_made_again_only_under_a_budget() -> None:
+    kept, passing = Bank(models(7, 3)), Bank(models(7, 3), budget=1 << 30)
+    assert kept.line(ONE) is kept.line(ONE)
+    assert passing.line(ONE) is not passing.line(ONE)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("piece", [1, 700, 1 << 24])
 def test_ranks_do_not_depend_on_pieces(

@@ -103,6 +103,21 @@ def test_any_runs_of_elements_give_the_bits_of_the_whole(name: str, dtype: str) 
         assert found.equal(expected)
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_prepared_write_does_what_write_does(name: str, bad: bool) -> None:
+    tensors = given(name, *SHAPE)
+    if bad:
+        tensors[-1].view(-1)[5] = math.nan
+    prepared = prepare_tensor(plan_for(name, tensors), Bank(sources(tensors)))
+    expected, found = (torch.full((prepared.numel,), 7.0, dtype=torch.bfloat16) for _ in range(2))
+    later = prepared.prepared_write(found, 0)
+    assert found.eq(7).all()
+    assert prepared.write(expected) is not bad
+    assert later() is not bad
+    assert found.view(torch.uint16).equal(expected.view(torch.uint16))
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_others_are_computed_whole(name: str) -> None:
     tensors = given(name, *SHAPE)

@@ -21,9 +21,8 @@ def run(operation: Operation, elements: Elements[Tensor], out: Tensor) -> bool:
     """Carry out an operation; see `reference.run`, whose results it gives bit for bit."""
     import torch
 
-    native = {torch.bfloat16, torch.float32}
     types = {tensor.dtype for tensor in elements.tensors}
-    if len(types) == 1 and types <= native and out.dtype in native and out.is_contiguous():
+    if len(types) == 1 and is_native(elements.tensors[0]) and is_native(out) and out.is_contiguous():
         return cpu_arrays.run(operation, _arrays(elements), flat(out))
     if torch.float64 in types or out.dtype == torch.float64:
         return reference.run(operation, elements, out)
@@ -93,17 +92,21 @@ def _reader(tensors: Sequence[Tensor]) -> Read:
 
 def _comparable(lines: Sequence[Tensor]) -> list[NDArray[Any]]:
     """Flat tensors in one type that the loops know."""
+    native = len({line.dtype for line in lines}) == 1 and is_native(lines[0])
+    return [flat(line if native else line.float()) for line in lines]
+
+
+def is_native(tensor: Tensor) -> bool:
+    """Whether the loops know a tensor's type, and it lies where they can read it."""
     import torch
 
-    types = {line.dtype for line in lines}
-    native = len(types) == 1 and types <= {torch.bfloat16, torch.float32}
-    return [flat(line if native else line.float()) for line in lines]
+    return tensor.dtype in (torch.bfloat16, torch.float32) and tensor.device.type == "cpu"
 
 
 def flat(tensor: Tensor) -> NDArray[Any]:
     """A contiguous tensor as the flat array that the loops take: bfloat16 as uint16."""
     import torch
 
-    line = tensor.view(-1)
+    line = tensor if tensor.ndim == 1 else tensor.view(-1)
     array: NDArray[Any] = (line.view(torch.uint16) if line.itemsize == 2 else line).numpy()
     return array

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,15 +53,22 @@ def run(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any
 
 def run_part(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> bool:
     """As `run`, on this thread."""
+    return prepared(operation, elements, out)()
+
+
+def prepared(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Callable[[], bool]:
+    """What does as `run_part` when it is called; nothing is left to Python then but to call loops."""
     count, limit = elements.count, _OVERFLOW[out.itemsize]
     if elements.first % 2**32 + count <= 2**32:
-        return _run_within(operation, elements, out) < limit
+        loop = _loop(operation, elements, out)
+        return lambda: bool(loop() < limit)
     parts = _below_2_32(elements.first, count)
-    return all(_run_within(operation, elements.part(*part), out[slice(*part)]) < limit for part in parts)
+    loops = [_loop(operation, elements.part(*part), out[slice(*part)]) for part in parts]
+    return lambda: all(loop() < limit for loop in loops)
 
 
-def _run_within(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
-    """A run that crosses no multiple of 2^32; returns the largest bit pattern of an absolute result."""
+def _loop(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Callable[[], int]:
+    """For a run that crosses no multiple of 2^32; gives the largest bit pattern of an absolute result."""
     if isinstance(operation, TaskVectorSum):
         return _sum_task_vectors(operation, elements, out)
     if operation.axis is Axis.WHOLE:
@@ -74,7 +82,9 @@ def _below_2_32(first: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def _sum_task_vectors(stated: TaskVectorSum, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
+def _sum_task_vectors(
+    stated: TaskVectorSum, elements: Elements[NDArray[Any]], out: NDArray[Any]
+) -> Callable[[], int]:
     from evomerge.merge.kernels import cpu_loops
 
     assert elements.base is not None
@@ -91,11 +101,9 @@ def _sum_task_vectors(stated: TaskVectorSum, elements: Elements[NDArray[Any]], o
     place = (float(stated.scale), *first_key(elements, elements.first))
     if not stated.elect:
         divisor = float(stated.divisor)
-        top = cpu_loops.add_terms(out, base, sources, ranked, c, factors, divisor, *place)
-    else:
-        weights = tuple(float(term.weight) for term in terms) if stated.normalize else None
-        top = cpu_loops.elect_terms(out, base, sources, ranked, c, factors, weights, *place)
-    return int(top)
+        return partial(cpu_loops.add_terms, out, base, sources, ranked, c, factors, divisor, *place)
+    weights = tuple(float(term.weight) for term in terms) if stated.normalize else None
+    return partial(cpu_loops.elect_terms, out, base, sources, ranked, c, factors, weights, *place)
 
 
 def first_key(elements: Elements[Line], first: int) -> tuple[np.uint32, np.uint32]:
@@ -113,21 +121,17 @@ def constants(terms: Sequence[Term], *, seed: int, name: str) -> tuple[tuple[np.
         name: Name of the output tensor.
     """
     kinds = {type(term.keep) for term in terms}
-    bands = [term.keep for term in terms if isinstance(term.keep, Band)]
+    if kinds == {type(None)}:
+        return ((np.uint32(0),),) * len(terms)
+    limited = any(isinstance(term.keep, Band) and term.keep.high is not None for term in terms)
     result = []
     for term in terms:
         keep = term.keep
         _, k1 = keys(seed, name, term.source)
         values: tuple[int, ...]
-        if kinds == {type(None)}:
-            values = (0,)
-        elif bands:
+        if Band in kinds:
             low, high = (keep.low, keep.high) if isinstance(keep, Band) else (_NO_CUT, None)
-            values = (low.inside, low.outside, low.last)
-            if any(band.high for band in bands):
-                high = high or _NO_LIMIT
-                values += (high.inside, high.outside, high.last)
-            values += (k1,)
+            values = (*low, *(high or _NO_LIMIT), k1) if limited else (*low, k1)
         elif Ranked in kinds:
             lowest, step = ranked_line(keep) if isinstance(keep, Ranked) else (1.0, 0.0)
             rescaled = isinstance(keep, Ranked) and keep.rescale
@@ -146,23 +150,27 @@ def _bits(number: float) -> int:
     return int(np.float32(number).view(np.uint32))
 
 
-def _combine(operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
+def _combine(
+    operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]
+) -> Callable[[], int]:
     from evomerge.merge.kernels import cpu_loops
 
     c: tuple[float, ...] = tuple(operation.coefficients.tolist())
     divisor, tensors = float(operation.divisor), elements.tensors
     if not operation.around_base:
-        return int(cpu_loops.combine(out, tuple(tensors), c, divisor))
+        return partial(cpu_loops.combine, out, tuple(tensors), c, divisor)
     assert elements.base is not None
     others = [index for index in range(len(tensors)) if index != elements.base]
     sources, factors = tuple(tensors[i] for i in others), tuple(c[i] for i in others)
     every = ((np.uint32(0),),) * len(others)
     place = (1.0, np.uint32(0), np.uint32(0))
     base = tensors[elements.base]
-    return int(cpu_loops.add_terms(out, base, sources, None, every, factors, divisor, *place))
+    return partial(cpu_loops.add_terms, out, base, sources, None, every, factors, divisor, *place)
 
 
-def _combine_along(operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> int:
+def _combine_along(
+    operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]
+) -> Callable[[], int]:
     """A coefficient per row or column."""
     from evomerge.merge.kernels import cpu_loops
 
@@ -175,7 +183,8 @@ def _combine_along(operation: Combination, elements: Elements[NDArray[Any]], out
     others = [i for i in range(len(tensors)) if base is None or i != elements.base]
     sources, chosen = tuple(tensors[i] for i in others), np.ascontiguousarray(c[:, others])
     divisor = float(operation.divisor)
-    return int(cpu_loops.combine_along(out, base, sources, chosen, divisor, elements.first, length, by_row))
+    place = (elements.first, length, by_row)
+    return partial(cpu_loops.combine_along, out, base, sources, chosen, divisor, *place)
 
 
 def in_parallel(work: Callable[[Elements[Line], Line], bool], elements: Elements[Line], out: Line) -> bool:

@@ -135,8 +135,8 @@ def _overload_kept(delta: Any, mixed: Any, rank: Any, c: Any) -> Any:
         h = _hash(mixed, k1)
         low = low_in if h <= low_last else low_out
         high = high_in if h <= high_last else high_out
-        # One comparison for both ends: below `low` the difference wraps around.
-        return delta if _U(_U(_bits(delta) & _U(0x7FFFFFFF)) - low) < _U(high - low) else _F(delta * _F(0))
+        magnitude = _U(_bits(delta) & _U(0x7FFFFFFF))
+        return delta if (magnitude >= low) & (magnitude < high) else _F(delta * _F(0))
 
     kinds = {ALL: every, RANDOM: random, LARGEST: largest, RANKED: ranked, BAND: band}
     return kinds[len(c)]
@@ -205,11 +205,13 @@ def elect_terms(
     The arguments are those of `add_terms`, but for `weights`: a tuple of N numbers whose sum over the terms
     that agree divides, or None not to divide.
     """
+    # Sums start from -0.0, and what does not count adds -0.0, which changes no number: then adding under a
+    # condition is one instruction, where 0.0 would need a second to choose what to add.
     largest = _U(0)
     for e in range(out.shape[0]):
         mixed = _mixed(_U(_U(e) + first), k0)
         b = _load(base[e])
-        total = _F(0)
+        total = _F(-0.0)
         for i in range(len(sources)):
             rank = np.uint16(0) if ranks is None else ranks[i][e]
             kept = _kept(_F(_load(sources[i][e]) - b), mixed, rank, c[i])
@@ -217,15 +219,15 @@ def elect_terms(
         # Mirrored where the elected sign is negative, so that one sum serves both signs.
         mirror = _U(0) if total >= _F(0) else _U(0x80000000)
         flaw = _F(total - total)
-        total, divisor = _F(0), _F(0)
+        total, divisor = _F(-0.0), _F(-0.0)
         for i in range(len(sources)):
             rank = np.uint16(0) if ranks is None else ranks[i][e]
             kept = _kept(_F(_load(sources[i][e]) - b), mixed, rank, c[i])
             term = _float(_U(_bits(_F(kept * _F(factors[i]))) ^ mirror))
             agrees = term > _F(0)
-            total = _F(total + (term if agrees else _F(0)))
+            total = _F(total + (term if agrees else _F(-0.0)))
             if weights is not None:
-                divisor = _F(divisor + (_F(weights[i]) if agrees else _F(0)))
+                divisor = _F(divisor + (_F(weights[i]) if agrees else _F(-0.0)))
         if weights is not None:
             total = _F(total / (_F(1) if divisor == _F(0) else divisor))
         total = _F(_float(_U(_bits(total) ^ mirror)) + flaw)
