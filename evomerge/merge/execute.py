@@ -45,6 +45,7 @@ __all__ = [
     "merge_tensor",
     "operation_of",
     "prepare_tensor",
+    "why_made_infinite",
     "why_not_finite",
 ]
 
@@ -327,10 +328,17 @@ def why_not_finite(prepared: PreparedTensor) -> str:
                     f"the merged tensor holds NaN or infinity, as {name} of {model} does; use an undamaged copy "
                     "of the model, or leave it out"
                 )
-    return (
-        "the merged tensor holds NaN or infinity though the sources do not: its values are too large for "
-        f"{prepared.plan.dtype}, or its parameters are extreme"
-    )
+    return why_made_infinite(prepared.plan)
+
+
+def why_made_infinite(plan: TensorPlan) -> str:
+    """Why a merged tensor holds NaN or infinity that no source has."""
+    what = "the merged tensor holds NaN or infinity though the sources do not"
+    weights = [values["weight"] for values in plan.values if "weight" in values]
+    if plan.shared.get("normalize") and weights and sum(weights) == 0:
+        named = ", ".join(f"{weight:g}" for weight in weights)
+        return f"{what}: it is divided by the sum of the weights {named}, which is 0"
+    return f"{what}: the merge overflowed {plan.dtype}; use a type of more range, or smaller parameters"
 
 
 def operation_of(plan: TensorPlan, statistics: Statistics) -> Operation | None:

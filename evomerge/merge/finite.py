@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError, Fault
-from evomerge.merge.execute import is_finite
+from evomerge.merge.execute import is_finite, why_made_infinite
 from evomerge.merge.memory import GRAIN
 from evomerge.merge.plan import TensorPlan
 
 
 def not_finite(plan: TensorPlan, sources: Mapping[str, Checkpoint]) -> CheckpointError:
-    """A source holds it already, or the merge overflowed."""
+    """A source holds it already, or the merge made it."""
     for model, name in plan.inputs:
         flat = sources[model].tensor(name).view(-1)
         for first in range(0, flat.numel(), GRAIN):
@@ -26,8 +26,4 @@ def not_finite(plan: TensorPlan, sources: Mapping[str, Checkpoint]) -> Checkpoin
                     "leave it out"
                 )
                 return CheckpointError(Fault(path=plan.name, reason=reason))
-    reason = (
-        f"the merged tensor holds NaN or infinity though the sources do not: the merge overflowed {plan.dtype}; "
-        "use bfloat16 or float32 as out_dtype, or smaller parameters"
-    )
-    return CheckpointError(Fault(path=plan.name, reason=reason))
+    return CheckpointError(Fault(path=plan.name, reason=why_made_infinite(plan)))

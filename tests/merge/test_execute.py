@@ -228,7 +228,16 @@ def test_a_merge_that_overflows_is_reported_as_such() -> None:
     plan = plan_for("linear", tensors, dtype="float16", normalize=False)
     prepared = prepare_tensor(plan, Bank(sources(tensors)))
     assert not prepared.write(torch.empty(3, dtype=torch.float16))
-    assert "too large for float16" in why_not_finite(prepared)
+    assert "the merge overflowed float16" in why_not_finite(prepared)
+
+
+def test_weights_that_sum_to_0_are_reported_as_such() -> None:
+    tensors = given("linear", 3)
+    plan = plan_for("linear", tensors)
+    values = tuple({"weight": (-1.0) ** index} for index in range(len(tensors)))
+    prepared = prepare_tensor(dataclasses.replace(plan, values=values), Bank(sources(tensors)))
+    assert not prepared.write(torch.empty(3, dtype=torch.bfloat16))
+    assert "the sum of the weights 1, -1, which is 0" in why_not_finite(prepared)
 
 
 def test_the_workspace_bounds_what_formulas_take() -> None:
@@ -281,7 +290,7 @@ def test_a_scale_that_overflows_is_reported() -> None:
     plan = dataclasses.replace(plan_for("linear", tensors, dtype="float16"), rescale=(1e6, 0.0))
     prepared = prepare_tensor(plan, Bank(sources(tensors)))
     assert not prepared.write(torch.empty(prepared.numel, dtype=torch.float16))
-    assert "too large for float16" in why_not_finite(prepared)
+    assert "the merge overflowed float16" in why_not_finite(prepared)
     plain = prepare_tensor(dataclasses.replace(plan, rescale=None), Bank(sources(tensors)))
     assert prepared.workspace_bytes == plain.workspace_bytes + 4 * prepared.numel
 
