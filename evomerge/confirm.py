@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import judge
@@ -131,9 +131,6 @@ def _halves(documents: Sequence[DocumentSet]) -> list[tuple[DocumentSet, ...]]:
     """Every second document, and the others: other neighbours in a batch than the first time."""
     halves = []
     for start in (0, 1):
-        parts = (
-            DocumentSet(task=subset.task, doc_ids=subset.doc_ids[start::2], name=subset.name)
-            for subset in documents
-        )
+        parts = (replace(subset, doc_ids=subset.doc_ids[start::2], complete=False) for subset in documents)
         halves.append(tuple(part for part in parts if part.doc_ids))
     return [half for half in halves if half]

@@ -31,6 +31,8 @@ class DocumentSet:
         name: The task as the objectives name it; differs from `task` for a holdout task.
         complete: Whether they are all documents of the task.
         metrics: The (metric, filter) pairs wanted; None for those of the experiment.
+        exact: Whether they are scored by the very batches of the stock command, as announced numbers are, or in the
+            fastest way, whose rounding differs. Scores that are compared are made the same way.
     """
 
     task: str
@@ -38,6 +40,7 @@ class DocumentSet:
     name: str
     complete: bool = False
     metrics: tuple[tuple[str, str], ...] | None = None
+    exact: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def split_blocks(
             end = min(end, len(ordered))
             chosen = tuple(sorted(ordered[first:end]))
             if chosen:
-                block.append(DocumentSet(task=subset.task, doc_ids=chosen, name=subset.name))
+                block.append(replace(subset, doc_ids=chosen, complete=False))
             first = max(first, end)
     return [tuple(block) for block in blocks if block]
 

@@ -17,8 +17,9 @@ def choose_documents(
     """Choose the documents of the search and of the holdout for every task.
 
     Returns:
-        Those of the search, and those of the holdout, which are none if an objective's task has none. A task that
-        only constraints name may be missing from the holdout.
+        Those of the search, scored in the fastest way, and those of the holdout, scored as the stock command
+        does, which are none if an objective's task has none. A task that only constraints name may be missing from
+        the holdout.
     """
     searched: dict[str, DocumentSet] = {}
     held_out: dict[str, DocumentSet] = {}
@@ -31,7 +32,7 @@ def choose_documents(
             library.split_name(name), count, holdout=share, limit=evaluation.limit
         )
         searched[name] = DocumentSet(
-            task=name, doc_ids=search_ids, name=name, complete=len(search_ids) == count
+            task=name, doc_ids=search_ids, name=name, complete=len(search_ids) == count, exact=False
         )
         if other is not None:
             every = tuple(range(library.num_documents(other)))

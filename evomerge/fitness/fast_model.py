@@ -12,7 +12,7 @@ What stays is bit for bit the same; `tests/fitness/test_fast_model.py` holds it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -41,7 +41,7 @@ class FastModel:
         super().__init__(**options)
         # Where experts work on the tokens of all sequences at once, a sequence that is over changes the shapes
         # that the others are computed in.
-        self._rows_are_apart = "expert" not in self.model.config.to_json_string(use_diff=False)
+        self.rows_are_apart = "expert" not in self.model.config.to_json_string(use_diff=False)
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         """Token ids of a text, remembered."""
@@ -66,10 +66,9 @@ class FastModel:
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         """Token ids BT of prompts and answers."""
-        eos = _as_set(self.model.generation_config.eos_token_id)
-        is_plain = kwargs.get("do_sample") is False and kwargs.keys() <= PLAIN
-        if self._rows_are_apart and is_plain and not self._hides(stop, eos):
-            criterion = StopEach(self.tokenizer, stop, eos, start=context.shape[1], num_rows=len(context))
+        endings = self.endings(stop, kwargs)
+        if endings is not None:
+            criterion = StopEach(endings, start=context.shape[1], num_rows=len(context))
             found: Tensor = self.model.generate(
                 input_ids=context,
                 attention_mask=kwargs["attention_mask"],
@@ -79,9 +78,22 @@ class FastModel:
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
             )
-            if not criterion.is_unclear:
+            if not endings.is_unclear:
                 return found
         return super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)  # type: ignore[misc,no-any-return]
+
+    def endings(self, stop: Sequence[str], options: Mapping[str, Any]) -> Endings | None:
+        """What tells where every answer ends by itself, or None where that would change its text.
+
+        Args:
+            stop: Texts that end an answer.
+            options: What else lm-eval gives to `generate`.
+        """
+        eos = _as_set(self.model.generation_config.eos_token_id)
+        is_plain = options.get("do_sample") is False and options.keys() <= PLAIN
+        if not self.rows_are_apart or not is_plain or self._hides(stop, eos):
+            return None
+        return Endings(self.tokenizer, stop, eos)
 
     def _hides(self, stop: Sequence[str], eos: frozenset[int]) -> bool:
         """Whether a stop text is left out when the answer is decoded, as special tokens are.
@@ -94,53 +106,66 @@ class FastModel:
         return any(token in text for text in stop if text not in ends for token in special)
 
 
-class StopEach(StoppingCriteria):  # type: ignore[misc]
-    """Ends every sequence of a batch on its own.
+class Endings:
+    """Finds where answers end.
 
     Args:
         tokenizer: Its tokenizer.
-        stop: Texts that end a sequence.
-        eos: Tokens that end a sequence.
-        start: Length of the prompts.
-        num_rows: Number of sequences.
+        stop: Texts that end an answer.
+        eos: Tokens that end an answer.
 
     Attributes:
-        is_unclear: A stop text was seen that is not in the text as lm-eval decodes it. Generation ends at once,
-            and its result is of no use.
+        is_unclear: A stop text was seen that is not in the text as lm-eval decodes it. What was generated is of no
+            use.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop: Sequence[str],
-        eos: frozenset[int],
-        *,
-        start: int,
-        num_rows: int,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], eos: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
         self._eos = eos
-        self._start = start
-        self._over = [False] * num_rows
         # lm-eval looks at two tokens more than the text has, as it may be cut into tokens in another way.
         self._window = 2 + max(len(tokenizer.encode(text, add_special_tokens=False)) for text in stop)
         self.is_unclear = False
+
+    def over(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+        """Tell for each answer whether its last token ended it."""
+        recent = self._tokenizer.batch_decode([ids[-self._window :] for ids in answers])
+        return [self._is_over(ids, text) for ids, text in zip(answers, recent, strict=True)]
+
+    def _is_over(self, ids: Sequence[int], recent: str) -> bool:
+        if ids[-1] in self._eos:
+            return True
+        if not any(end in recent for end in self._stop):
+            return False
+        answer = self._tokenizer.decode(ids, skip_special_tokens=True)
+        found = any(end in answer for end in self._stop)
+        self.is_unclear |= not found
+        return found
+
+
+class StopEach(StoppingCriteria):  # type: ignore[misc]
+    """Ends every sequence of a batch on its own, and all of them once an ending is unclear.
+
+    Args:
+        endings: Finds where answers end.
+        start: Length of the prompts.
+        num_rows: Number of sequences.
+    """
+
+    def __init__(self, endings: Endings, *, start: int, num_rows: int) -> None:
+        self._endings = endings
+        self._start = start
+        self._over = [False] * num_rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """Tell for each of the B sequences whether it is over."""
         import torch
 
         open_rows = [row for row, over in enumerate(self._over) if not over]
-        recent = input_ids[open_rows, max(self._start, input_ids.shape[1] - self._window) :].tolist()
-        for row, ids, text in zip(open_rows, recent, self._tokenizer.batch_decode(recent), strict=True):
-            if ids[-1] in self._eos:
-                self._over[row] = True
-            elif any(end in text for end in self._stop):
-                answer = self._tokenizer.decode(input_ids[row, self._start :], skip_special_tokens=True)
-                self._over[row] = any(end in answer for end in self._stop)
-                self.is_unclear |= not self._over[row]
-        over = [True] * len(self._over) if self.is_unclear else self._over
+        answers = input_ids[open_rows, self._start :].tolist()
+        for row, is_over in zip(open_rows, self._endings.over(answers), strict=True):
+            self._over[row] = is_over
+        over = [True] * len(self._over) if self._endings.is_unclear else self._over
         return torch.tensor(over, device=input_ids.device)
 
 

@@ -351,6 +351,7 @@ class HarnessEvaluator:
         )
 
     def _score(self, subset: DocumentSet) -> dict[str, tuple[float, ...]]:
+        self._lm.exact = subset.exact
         wanted = subset.metrics or self._metrics[subset.name]
         columns: dict[tuple[str, str], Sequence[float]] = {}
         if LIKELIHOOD in wanted:
@@ -469,9 +470,9 @@ def _wrap(
     """Put lm-eval's own wrapper around the live model, extended by a count of truncated generations."""
     from lm_eval.models.huggingface import HFLM
 
-    from evomerge.fitness.fast_model import FastModel
+    from evomerge.fitness.search_model import SearchModel
 
-    class WatchedModel(FastModel, HFLM):  # type: ignore[misc]
+    class WatchedModel(SearchModel, HFLM):  # type: ignore[misc]
         def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
             output: Tensor = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
             watch.generations += len(output)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,4 +48,14 @@ def test_every_task_is_in_the_first_block() -> None:
     blocks = split_blocks([subset(100), subset(3, "small")], SHARES, {}, seed=0)
     assert [(part.name, len(part.doc_ids)) for part in blocks[0]] == [("the t", 10), ("the small", 2)]
     assert not blocks[0][0].complete
+
+
+def test_a_block_is_scored_in_the_way_of_its_documents() -> None:
+    for exact in (True, False):
+        blocks = split_blocks([replace(subset(10), exact=exact)], SHARES, {}, seed=0)
+        assert {part.exact for block in blocks for part in block} == {exact}
+
+
+def test_a_task_is_in_the_blocks_until_its_documents_are_used_up() -> None:
+    blocks = split_blocks([subset(100), subset(3, "small")], SHARES, {}, seed=0)
     assert [part.name for part in blocks[2]] == ["the t"]

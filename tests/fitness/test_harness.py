@@ -7,6 +7,7 @@ import copy
 import functools
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def test_scores_equal_those_of_lm_eval_itself(
     mine = evaluator(models["A"], tokenizer, fresh, **options).evaluate(sets)
     assert_equal(mine, stock_scores(models["A"], tokenizer, tasks, sets, **options))
     assert mine.forward_seconds > 0
+
+
+def test_the_fastest_way_gives_the_same_scores_in_float32(
+    models: dict[str, Any], tokenizer: Any, library: TaskLibrary
+) -> None:
+    scorer = evaluator(models["A"], tokenizer, library)
+    sets = [every("gen"), some("choose", 0, 3, 4, 5, 9)]
+    fast = scorer.evaluate([replace(subset, exact=False) for subset in sets])
+    exact = scorer.evaluate(sets)
+    assert (fast.metrics, fast.samples, fast.counts) == (exact.metrics, exact.samples, exact.counts)
 
 
 def test_the_documents_tell_the_models_apart(

@@ -213,6 +213,15 @@ def test_a_path_with_scales_scores_as_its_checkpoint_does(spec: WorkerSpec, tmp_
     assert live != content(score(worker, along([("one", 0), ("two", 1), ("one", 2), ("two", 1)])))
 
 
+def test_the_fastest_way_of_scoring_gives_the_same_scores_in_float32(spec: WorkerSpec) -> None:
+    """Also where the number of layers changes from one candidate to the next."""
+    worker = Worker(replace(spec, evaluation=spec.evaluation.model_copy(update={"dtype": "float32"})))
+    fast = tuple(replace(subset, exact=False) for subset in DOCUMENTS)
+    for wanted in (LONG, SHORT, recipe(0.3, out_dtype="float32"), LONG):
+        outcome = worker.run(Job(number=0, documents=fast, recipe=wanted))
+        assert content(outcome) == content(score(worker, wanted))
+
+
 @pytest.mark.parametrize("kind", ["worker", "fake_worker"])
 def test_scores_depend_on_the_recipe_alone_across_kinds_of_recipes(
     kind: str, request: pytest.FixtureRequest
