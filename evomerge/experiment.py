@@ -141,7 +141,8 @@ class EvaluationSettings(StrictRecord):
 
     Attributes:
         backend: `hf`: lm-eval over the live transformers model.
-        batch_size: Requests per batch, fixed within a run; `auto` is the constant 32.
+        batch_size: Requests per batch, fixed within a run; `auto` is found once, from the machine's memory, and
+            recorded with the run.
         holdout: Share of each task's documents kept for the final judgement, unless it has a holdout task.
         limit: Most documents per task to search on, drawn by a fixed hash; null for all.
         racing: Score candidates in blocks of documents and stop those that cannot matter; null to score all of

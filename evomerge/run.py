@@ -26,6 +26,7 @@ from evomerge.loop import Observer, Run, StopFlag, write_recipe
 from evomerge.measured import with_error
 from evomerge.merge.export import export_model
 from evomerge.own_code import check_loads
+from evomerge.plan.batch_size import with_batch_size
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.race import Course
 from evomerge.recipe import Recipe
@@ -101,6 +102,7 @@ def start_run(
     )
     folder = RunDir(Path(run_dir or Path("runs") / prepared.experiment.name))
     _refuse_existing(folder.path)
+    prepared = with_batch_size(prepared)
     settings = settings_of(prepared.experiment)
     header = Header(
         experiment=settings_hash(settings),

@@ -22,6 +22,7 @@ from evomerge.fitness.objectives import estimate
 from evomerge.journal import Journal
 from evomerge.lock import RunLock
 from evomerge.loop import StopFlag
+from evomerge.plan.batch_size import LARGEST
 from evomerge.report.status import read_objectives, run_status
 from evomerge.report.trials import decode_trial
 from evomerge.run import RunResult, resume_run, start_run
@@ -42,7 +43,7 @@ objectives:
   - {task: choose, metric: acc}
   - {task: gen, metric: exact_match, filter: first, weight: 2}
 search: {algorithm: cma-es, evaluations: 12, seed: 3, population: 6}
-evaluation: {holdout: 0.4, batch_size: 4, include_path: [tasks]}
+evaluation: {holdout: 0.4, include_path: [tasks]}
 workers: {backend: inline}
 finish: {baseline_scales: [0.5]}
 """
@@ -123,6 +124,18 @@ def test_a_finished_run_holds_everything_it_promises(study: Study) -> None:
     header = Journal.load(study.run_dir / "journal.jsonl").header
     assert {"model", "task"} == {name.split()[0] for name in header.inputs}
     assert len(header.inputs) == 5
+
+
+def test_the_batch_size_found_at_the_start_is_kept_whatever_the_machine(
+    study: Study, copied_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = Journal.load(copied_run / "journal.jsonl").header
+    assert header.settings["evaluation"]["batch_size"] == LARGEST
+    assert f"batch_size: {LARGEST}" in (copied_run / "experiment.yml").read_text()
+    monkeypatch.setattr("evomerge.plan.batch_size.memory_of", lambda _device: 10**6)
+    again = resume(copied_run)
+    assert again.commands
+    assert all(f"--batch_size {LARGEST}" in command for command in again.commands)
 
 
 def test_the_status_of_a_finished_run_has_its_table(study: Study) -> None:

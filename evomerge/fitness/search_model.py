@@ -43,8 +43,9 @@ class SearchModel(FastModel):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         import torch
 
+        max_new = max_length - context.shape[1]
         endings = None if self._prefix is None else self.endings(stop, kwargs)
-        if endings is None:
+        if endings is None or max_new < 1:
             return super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
         assert self._prefix is not None
         prompts = [
@@ -54,7 +55,7 @@ class SearchModel(FastModel):
         # A prompt that is too long has lost its beginning.
         keeps = all(len(row) > len(shared) and tuple(row[: len(shared)]) == shared for row in prompts)
         prefix = self._prefix if keeps else Prefix(self.model, ())
-        answers = generate(self.model, prefix, prompts, endings, max_new=max_length - context.shape[1])
+        answers = generate(self.model, prefix, prompts, endings, max_new=max_new)
         if endings.is_unclear:
             return super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
         width, pad = max(map(len, answers)), self.tokenizer.pad_token_id

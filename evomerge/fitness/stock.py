@@ -12,8 +12,9 @@ from evomerge.experiment import EvaluationSettings
 from evomerge.fitness.base import DocumentSet
 
 AUTO_BATCH_SIZE = 32
-"""Batch size behind `auto`. It is a constant, not a probe: scores in bfloat16 move with the batching, and a
-probe may come out differently on another worker or day."""
+"""Batch size behind `auto` outside a run, which finds its own (`plan.batch_size`), and of models whose memory cannot
+be told. It is no probe: scores in bfloat16 move with the batching, and a probe may come out differently on another
+worker or day."""
 
 
 def batch_size(settings: EvaluationSettings) -> int:

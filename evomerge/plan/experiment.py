@@ -10,11 +10,12 @@ from pathlib import Path
 
 from evomerge.errors import ConfigurationError
 from evomerge.fitness.constraints import needs_sources
-from evomerge.fitness.own import reads_text
-from evomerge.plan.candidates import Candidates, survey
+from evomerge.fitness.stock import batch_size
+from evomerge.plan.batch_size import load_of, memory_needs, survey_all, with_batch_size
+from evomerge.plan.candidates import Candidates
 from evomerge.plan.machine import Load, measure
 from evomerge.plan.models import dtype_of, model_entry
-from evomerge.plan.needs import disk_needs, multiplied_parameters, pool_bytes, read_config, worker_needs
+from evomerge.plan.needs import disk_needs, multiplied_parameters, pool_bytes, read_config
 from evomerge.plan.records import (
     CandidateEntry,
     EvaluationsEntry,
@@ -37,7 +38,7 @@ from evomerge.plan.times import (
     statistics_seconds,
     total,
 )
-from evomerge.plan.tokens import TaskLoad, total_load
+from evomerge.plan.tokens import TaskLoad
 from evomerge.plan.warn import warnings_of
 from evomerge.prepare import PreparedRun
 from evomerge.rivals import model_labels, same_depth, single_scale
@@ -63,19 +64,12 @@ def plan_experiment(prepared: PreparedRun, *, measured: Measure = measure) -> Ex
         ConfigurationError: The experiment names a device that this machine has not.
     """
     _check_device(prepared.spec.device)
-    stages = _survey(prepared)
-    donor = prepared.checkpoints[prepared.spec.donor]
-    metrics = _known_metrics(prepared)
+    prepared = with_batch_size(prepared)
+    stages = survey_all(prepared)
     search, holdout = (
-        total_load(documents, prepared.library, metrics, prepared.experiment.evaluation, donor)
-        for documents in (prepared.search_documents, prepared.holdout_documents)
+        load_of(prepared, documents) for documents in (prepared.search_documents, prepared.holdout_documents)
     )
-    memory = worker_needs(
-        prepared,
-        search + holdout,
-        most_parameters=max(stage.entry.parameters.first_generation_most for stage in stages),
-        most_layers=max(stage.layers.first_generation_most for stage in stages),
-    )
+    memory = memory_needs(prepared, stages, search + holdout)
     workers = _workers(prepared, memory)
     machine = measured(_to_measure(prepared, workers, memory, search))
     evaluations = _evaluations(prepared)
@@ -114,15 +108,6 @@ def plan_experiment(prepared: PreparedRun, *, measured: Measure = measure) -> Ex
     return replace(plan, warnings=tuple(warnings_of(plan, prepared)))
 
 
-def _known_metrics(prepared: PreparedRun) -> dict[str, list[tuple[str, str]]]:
-    """The metrics of every task but functions that are given the model, whose requests only they know."""
-    left_out = {(item.task, item.metric) for item in prepared.spec.own if not reads_text(item)}
-    return {
-        task: [pair for pair in pairs if (task, pair[0]) not in left_out]
-        for task, pairs in prepared.spec.metrics.items()
-    }
-
-
 def _check_device(device: str) -> None:
     import torch
 
@@ -131,15 +116,6 @@ def _check_device(device: str) -> None:
             f"evaluation.device: expected a device of this machine, which has no GPU, got {device!r}; plan where the "
             "run is to be, or with --set evaluation.device=cpu"
         )
-
-
-def _survey(prepared: PreparedRun) -> list[Candidates]:
-    known = dict(prepared.checkpoints)
-    found = []
-    for stage, settings in zip(prepared.stages, prepared.experiment.searches, strict=True):
-        candidates, known[stage.name] = survey(stage, settings, known)
-        found.append(candidates)
-    return found
 
 
 def _tasks(prepared: PreparedRun) -> Iterator[TaskEntry]:
@@ -171,7 +147,13 @@ def _workers(prepared: PreparedRun, memory: MemoryEntry) -> WorkersEntry:
         limit, count = "workers.backend", 1
     elif settings.count != "auto":
         limit, count = "workers.count", settings.count
-    return WorkersEntry(count=count, limit=limit, device=prepared.spec.device, threads=prepared.spec.threads)
+    return WorkersEntry(
+        count=count,
+        limit=limit,
+        device=prepared.spec.device,
+        threads=prepared.spec.threads,
+        batch_size=batch_size(prepared.experiment.evaluation),
+    )
 
 
 def _to_measure(prepared: PreparedRun, workers: WorkersEntry, memory: MemoryEntry, search: TaskLoad) -> Load:

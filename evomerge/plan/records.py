@@ -112,12 +112,14 @@ class WorkersEntry:
         limit: What decides it: `workers.count`, `workers.backend`, `cores`, `memory` or `GPUs`.
         device: Where their models are.
         threads: CPU threads of each.
+        batch_size: Prompts that go through the model together; what the experiment leaves open is found.
     """
 
     count: int
     limit: str
     device: str
     threads: int
+    batch_size: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,7 +168,8 @@ def _documents(tasks: Sequence[TaskEntry]) -> str:
 def _workers(workers: WorkersEntry) -> str:
     threads = f"{workers.threads} thread{'s' if workers.threads > 1 else ''}"
     where = "the CPU" if workers.device == "cpu" else workers.device
-    return f"{workers.count} on {where}, {threads} each (decided by {workers.limit})"
+    count = f"{workers.count} on {where}, {threads} each (decided by {workers.limit})"
+    return f"{count}; batches of {workers.batch_size}"
 
 
 def _memory(memory: MemoryEntry, workers: WorkersEntry) -> Iterator[str]:
