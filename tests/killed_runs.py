@@ -148,7 +148,7 @@ def prepared(
             "base_model": "models/base",
             "stages": searches,
             "objectives": [{"task": "t", "metric": "m"}],
-            "evaluation": {"racing": {"blocks": [0.2, 0.5]} if racing else None},
+            "evaluation": {"batch_size": 8, "racing": {"blocks": [0.2, 0.5]} if racing else None},
             "finish": {"baseline_scales": [0.5, 1.0], "export_model": export},
         }
     )
