@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-LIBRARIES = ("torch", "numba", "transformers", "mergekit")
+LIBRARIES = ("torch", "numba", "transformers", "lm_eval", "mergekit")
 
 
 def machine(device: str = "cpu") -> str:

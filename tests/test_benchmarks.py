@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
     [
         (["candidate.py", "--sizes", "tiny"], 8),
         (["against_mergekit.py", "--size", "tiny"], 4),
+        (["evaluation.py", "--limit", "4", "--rounds", "1"], 8),
         (["merge_command.py", "FOLDER", "--size", "tiny", "--budget", "20MB", "--rounds", "1"], 5),
     ],
-    ids=["candidate", "against_mergekit", "merge_command"],
+    ids=["candidate", "against_mergekit", "evaluation", "merge_command"],
 )
 def test_a_benchmark_writes_its_table(script: list[str], columns: int, tmp_path: Path) -> None:
     out = tmp_path / "table.md"

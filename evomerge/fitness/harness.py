@@ -2,9 +2,8 @@
 
 lm-eval's own entry point rebuilds every prompt and collects environment information at each call. Here tasks
 are loaded once, prompts are built once per document set, and a call only resets the responses, runs the
-requests and lets the task's own filters and metrics judge them. The scores equal those of the stock
-`lm_eval` command for the same model, documents and settings, because the requests and their order are the
-same.
+requests and lets the task's own filters and metrics judge them. The scores of exact document sets equal those of
+the stock `lm_eval` command for the same model, documents and settings, as the requests and their order do.
 """
 
 from __future__ import annotations
