@@ -9,7 +9,8 @@ of all ways of scoring are interleaved, after one of each that does not count. P
 - CPU: seconds in which the process and its children worked, which other programs on the machine move less;
 - ratio: `simple_evaluate`'s CPU time to that of this way, per round;
 - merging, forward, other: how the wall time divides, in the worker's own account;
-- differing: documents whose score is not the one that `simple_evaluate` gives.
+- differing: documents whose score is not the one that `simple_evaluate` gives for their task alone; called for
+  several tasks it mixes them in its batches, which in bfloat16 may move a score.
 
 Announced numbers have to be the stock command's: the benchmark fails when one differs.
 """
