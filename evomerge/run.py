@@ -17,8 +17,6 @@ from evomerge.finish import finish
 from evomerge.fitness.blocks import difficulty, split_blocks
 from evomerge.fitness.constraints import needs_sources, with_sources
 from evomerge.fitness.metrics import has_stock_metric
-from evomerge.fitness.optimism import MAX_CANDIDATES, optimism
-from evomerge.fitness.ranking import merit
 from evomerge.fitness.stock import stock_command
 from evomerge.journal import Journal, file_error
 from evomerge.lock import RunLock
@@ -30,7 +28,7 @@ from evomerge.plan.batch_size import with_batch_size
 from evomerge.prepare import PreparedRun, prepare, settings_hash, settings_of
 from evomerge.race import Course
 from evomerge.recipe import Recipe
-from evomerge.records import Header, Status, Trial
+from evomerge.records import Header, Trial
 from evomerge.report.audit import Audit, audit_run
 from evomerge.report.holdout import HoldoutTable, holdout_table
 from evomerge.rivals import score_entries, source_entries
@@ -339,23 +337,9 @@ def _name_winner(run: Run, prepared: PreparedRun) -> Decoded:
             run.news(
                 f"noise floor: the fitness of a candidate scored twice differs by up to {max(noise):.4f}"
             )
-    _tell_luck(run, best)
     winner = decoded(best, prepared.stages, run.journal.trials)
     write_recipe(run.run_dir, winner.recipe, best, winner.merges)
     return winner
-
-
-def _tell_luck(run: Run, best: Trial) -> None:
-    """Say how much of the winner's fitness on the search documents is expected to be luck."""
-    whole = [t for t in run.journal.trials if t.status is Status.OK and t.scores and t.attempts]
-    ranked = sorted(whole, key=lambda trial: (*merit(trial), -trial.number), reverse=True)[:MAX_CANDIDATES]
-    if len(ranked) > 1 and best.fitness is not None:
-        samples = [run.run_dir.read_scores(trial.scores) for trial in ranked]
-        luck = optimism(samples, run.objectives, seed=run.journal.header.seed)
-        run.news(
-            f"at least about {luck:.4f} of the winner's fitness on the search documents is expected to be luck; "
-            "the holdout shows what is left"
-        )
 
 
 def _with_winner(prepared: PreparedRun, run: Run) -> PreparedRun:

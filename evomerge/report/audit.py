@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from evomerge.fitness.objectives import Estimate, Objective, estimate
+from evomerge.fitness.optimism import MAX_CANDIDATES, optimism
+from evomerge.fitness.ranking import merit
 from evomerge.fitness.samples import joined
 from evomerge.journal import Journal
 from evomerge.measured import as_share
@@ -86,6 +88,8 @@ class Audit:
             other batches; None if none was.
         num_scored_twice: Number of candidates it is the most of.
         winner: What the winner reached; empty before there is one.
+        luck: How much of the winner's fitness on the search documents is expected to be luck, at least; None before
+            the search is over, and where a single candidate was scored.
         warnings: What may deceive, in words.
     """
 
@@ -95,6 +99,7 @@ class Audit:
     noise_floor: float | None
     num_scored_twice: int
     winner: tuple[Reached, ...]
+    luck: float | None
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +143,7 @@ def audit_run(
         noise_floor=max(noise, default=None),
         num_scored_twice=len(noise),
         winner=tuple(_reached(journal, second, table)),
+        luck=_luck(run_dir, journal, objectives) if second or table is not None else None,
         warnings=tuple(_warnings(models, search, table)),
     )
 
@@ -195,6 +201,17 @@ def _reached(
         yield Reached(on="confirm", fitness=second[winner.candidate], num_candidates=max(1, len(second)))
     if table is not None:
         yield Reached(on="holdout", fitness=table.rows[0].fitness)
+
+
+def _luck(run_dir: RunDir, journal: Journal, objectives: Sequence[Objective]) -> float | None:
+    whole = [
+        trial for trial in _scored(journal.trials).values() if trial.status is Status.OK and trial.scores
+    ]
+    if len(whole) < 2:
+        return None
+    best = sorted(whole, key=lambda trial: (*merit(trial), -trial.number), reverse=True)[:MAX_CANDIDATES]
+    samples = [run_dir.read_scores(trial.scores) for trial in best]
+    return optimism(samples, objectives, seed=journal.header.seed)
 
 
 KINDS = {

@@ -22,6 +22,10 @@ def audit_text(audit: Audit) -> str:
     blocks = []
     if audit.winner:
         lines = aligned([["the winner's fitness", "± s.e.", ""], *map(_reached, audit.winner)])
+        if audit.luck is not None:
+            lines.append(
+                f"at least about {audit.luck:.4f} of it on the search documents is expected to be luck"
+            )
         blocks.append(lines)
     rows = {**audit.models, "all candidates": audit.search}
     table = texts_table(rows)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from evomerge.fitness.objectives import Objective, estimate
+from evomerge.fitness.optimism import optimism
 from evomerge.journal import Journal
 from evomerge.records import Final, Header, SampleScores, Status, Trial
 from evomerge.report.audit import Audit, Share, audit_run, texts_of
@@ -143,6 +144,28 @@ def test_the_winner_is_shown_by_what_chose_it_and_by_what_the_search_never_saw(r
     text = audit_text(found)
     assert "on the search documents, best of 3: optimistic     0.9000  0.0300" in text
     assert "on held-out documents, which the search never saw  0.6000" in text
+
+
+def test_the_luck_in_the_choice_is_that_of_the_candidates_once_the_search_is_over(run: Writer) -> None:
+    drawn = np.random.default_rng(0).random((20, NUM)) < 0.5
+    ids = tuple(range(NUM))
+    scored = [
+        {"t": SampleScores(doc_ids=ids, values={"acc,none": tuple(row.astype(float).tolist())})}
+        for row in drawn
+    ]
+    for number, each in enumerate(scored):
+        file = run.run_dir.write_scores(f"{number}-search", each)
+        run.trial(number, float(drawn[number].mean()), scores=file)
+    run.trial(20, 0.9, status=Status.PRUNED)
+    assert run.audit().luck is None
+    run.run_dir.journal.unlink()
+    run.holdout({}, {})
+    found = run.audit()
+    assert found.luck == optimism(scored, OBJECTIVES, seed=0) > 0
+    assert (
+        f"at least about {found.luck:.4f} of it on the search documents is expected to be luck"
+        in audit_text(found)
+    )
 
 
 @pytest.mark.parametrize(
