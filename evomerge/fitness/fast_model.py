@@ -90,7 +90,8 @@ class FastModel:
             options: What else lm-eval gives to `generate`.
         """
         eos = _as_set(self.model.generation_config.eos_token_id)
-        is_plain = options.get("do_sample") is False and options.keys() <= PLAIN
+        has_beams = (self.model.generation_config.num_beams or 1) > 1
+        is_plain = options.get("do_sample") is False and options.keys() <= PLAIN and not has_beams
         if not self.rows_are_apart or not is_plain or self._hides(stop, eos):
             return None
         return Endings(self.tokenizer, stop, eos)

@@ -41,9 +41,8 @@ def generate(
     logits, reading = prefix.read(prompts)
     rows = list(range(len(prompts)))
     for step in range(max_new):
-        tokens = logits.max(
-            -1
-        ).indices  # several times as fast as argmax in bfloat16, and the first of equals too
+        # Several times as fast as argmax in bfloat16, and the first of equals too.
+        tokens = logits.max(-1).indices
         for row, token in zip(rows, tokens.tolist(), strict=True):
             answers[row].append(token)
         over = endings.over([answers[row] for row in rows])
@@ -52,7 +51,7 @@ def generate(
             break
         if len(left) < len(rows):
             rows = [rows[place] for place in left]
-            reading = reading.select(left)
+            reading.keep(left)
             tokens = tokens[torch.tensor(left, device=tokens.device)]
         logits = read(model, tokens[:, None], reading, keep=1)[:, -1]
     return answers

@@ -20,6 +20,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PLAIN_SETTINGS = {
+    "_from_model_config",
+    "bos_token_id",
+    "cache_implementation",
+    "decoder_start_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "min_p",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "pad_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "typical_p",
+    "use_cache",
+}
+"""Settings of a model's generation config that greedy generation has no use for, or that are heeded here. Others,
+such as a repetition penalty, choose other tokens."""
+
+
 class SearchModel(FastModel):
     """To be put before lm-eval's `HFLM` among the bases of a class.
 
@@ -32,7 +57,8 @@ class SearchModel(FastModel):
 
     def generate_until(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[str]:
         """What the model says to each request."""
-        if not self.exact and requests and self._can_share():
+        is_plain = self.model.generation_config.to_diff_dict().keys() <= PLAIN_SETTINGS
+        if not self.exact and requests and is_plain and self._can_share():
             shared = common_prefix([self.tok_encode(request.args[0]) for request in requests])
             self._prefix = Prefix(self.model, shared if len(shared) >= MIN_TOKENS else ())
         try:
@@ -65,7 +91,10 @@ class SearchModel(FastModel):
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         if not self.exact and requests and self._can_share():
             choices = choices_of(requests)
-            fits = all(len(context) + len(answer) <= self.max_length + 1 for _, context, answer in requests)
+            fits = all(
+                answer and len(context) + len(answer) <= self.max_length + 1
+                for _, context, answer in requests
+            )
             if fits and pays(choices):
                 found = log_likelihoods(self.model, choices, self.batch_size, self.softmax_dtype)  # type: ignore[attr-defined]
                 return [found[tuple(context), tuple(answer)] for _, context, answer in requests]

@@ -24,6 +24,8 @@ NEEDED = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
 """What a model's forward pass must take, for positions to be given apart from the places in the cache."""
 MOVING_ROPES = ("dynamic", "longrope")
 """Rotary embeddings that depend on the length of the whole text."""
+WINDOWS = ("window_size", "attention_types", "attention_layers")
+"""Settings of models with windows that transformers' cache does not know of, such as GPT-Neo."""
 MIN_TOKENS = 16
 """A shorter common prefix is not worth a pass of its own."""
 
@@ -41,6 +43,8 @@ def can_share(model: PreTrainedModel) -> bool:
     if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
         return False
     if not inspect.signature(model.forward).parameters.keys() >= NEEDED or getattr(config, "alibi", False):
+        return False
+    if any(getattr(config, setting, None) for setting in WINDOWS):
         return False
     if any(f'"rope_type": "{kind}"' in config.to_json_string(use_diff=False) for kind in MOVING_ROPES):
         return False
@@ -67,6 +71,14 @@ class Reading:
 
     cache: Any
     mask_BT: Tensor
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget the other sequences, layer by layer, so that little memory is needed beside."""
+        import torch
+
+        chosen = torch.tensor(rows, device=self.mask_BT.device)
+        self.cache.batch_select_indices(chosen)
+        self.mask_BT = self.mask_BT[chosen]
 
     def select(self, rows: Sequence[int]) -> Reading:
         """A copy of what was read of some sequences, each as often as named."""

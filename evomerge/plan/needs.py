@@ -101,7 +101,9 @@ def scoring_bytes(donor: Checkpoint, load: TaskLoad, *, itemsize: int, layers: i
     passing = (2 * config.hidden_size + 3 * wide) * itemsize
     most = 0
     for batch in load.batches:
-        cache = (batch.length + batch.new.high) * per_token if batch.new.high else 0
+        # Of judged prompts the contexts are read first, and each of their choices has a copy.
+        copies = 1.0 if batch.new.high else 1.25
+        cache = (batch.length + batch.new.high) * per_token * copies
         # Of judged prompts all logits are kept, in float32 beside the model's own type; of others the last.
         logits = config.vocab_size * (itemsize + 4) * (1 if batch.new.high else batch.length)
         most = max(most, batch.rows * round(cache + batch.length * passing + logits))

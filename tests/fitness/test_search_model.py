@@ -90,6 +90,34 @@ def test_the_same_is_said_with_less_work(
     assert num_search < num_stock if allows(model) and opening else num_search <= num_stock
 
 
+@pytest.mark.parametrize(
+    "setting", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 1}, {"num_beams": 2}], ids=str
+)
+def test_what_a_model_asks_for_beyond_greedy_answers_is_heeded(model: Any, setting: dict[str, Any]) -> None:
+    stock, search = both(model)
+    requests = generations([EXAMPLES + word for word in words(9)], ["?"])
+    plain = said(stock, requests)
+    before = model.generation_config.to_dict()
+    try:
+        model.generation_config.update(**setting)
+        expected = said(stock, requests)
+        assert said(search, requests) == expected
+        search.exact = True
+        assert said(search, requests) == expected
+    finally:
+        model.generation_config.update(**{key: before[key] for key in setting})
+    assert said(stock, requests) == plain
+    assert expected != plain or "num_beams" in setting
+
+
+def test_an_answer_of_no_tokens_is_left_to_lm_eval(model: Any) -> None:
+    stock, search = both(model)
+    contexts = [EXAMPLES + word for word in words(3)]
+    requests = choices(contexts, ["a", "bc", ""])
+    expected = stock.loglikelihood(requests, disable_tqdm=True)
+    assert_alike(search.loglikelihood(requests, disable_tqdm=True), expected)
+
+
 def test_prompts_that_are_cut_to_the_context_say_the_same(model: Any) -> None:
     stock, search = both(model, max_length=60)
     requests = generations([EXAMPLES + word for word in words(8)], ["a", "b"])

@@ -60,6 +60,14 @@ def test_layers_with_a_window_are_refused(name: str) -> None:
     assert not can_share(make(name))
 
 
+def test_windows_that_the_cache_does_not_know_of_are_refused() -> None:
+    import transformers
+
+    small = {"vocab_size": 32, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 8}
+    config = transformers.GPTNeoConfig(**small, attention_types=[[["global", "local"], 1]])
+    assert not can_share(transformers.GPTNeoForCausalLM(config))
+
+
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3", "Gemma3Text"])
 def test_what_counts_is_whether_a_layer_has_a_window(name: str) -> None:
     off = {"layer_types": ["full_attention"] * 3} if name == "Gemma3Text" else {"sliding_window": None}

@@ -66,7 +66,7 @@ def test_keys_and_values_are_as_large_as_those_of_transformers(name: str, tmp_pa
     assert cache_bytes(config, layers=3, itemsize=4) * 3 == kept
 
 
-def test_logits_of_judged_prompts_are_all_kept(tiny_zoo: Path) -> None:
+def test_of_judged_prompts_all_logits_are_kept_and_contexts_beside_their_answers(tiny_zoo: Path) -> None:
     donor = Checkpoint.open(tiny_zoo / "base")
 
     def needed(length: int, new: int) -> int:
@@ -77,8 +77,8 @@ def test_logits_of_judged_prompts_are_all_kept(tiny_zoo: Path) -> None:
         return found
 
     passing = (2 * 32 + 3 * 48) * 2
-    assert needed(10, 0) == 8 * 10 * (passing + 64 * (2 + 4))
     per_token = 2 * 4 * 2 * 8 * 2
+    assert needed(10, 0) == 8 * 10 * (passing + 1.25 * per_token + 64 * (2 + 4))
     assert needed(10, 5) == 8 * (10 * passing + 15 * per_token + 64 * (2 + 4))
 
 
