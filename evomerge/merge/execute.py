@@ -335,7 +335,7 @@ def why_made_infinite(plan: TensorPlan) -> str:
     """Why a merged tensor holds NaN or infinity that no source has."""
     what = "the merged tensor holds NaN or infinity though the sources do not"
     weights = [values["weight"] for values in plan.values if "weight" in values]
-    if plan.shared.get("normalize") and weights and sum(weights) == 0:
+    if plan.shared.get("normalize") and weights and abs(math.fsum(weights)) < 1e-12:
         named = ", ".join(f"{weight:g}" for weight in weights)
         return f"{what}: it is divided by the sum of the weights {named}, which is 0"
     return f"{what}: the merge overflowed {plan.dtype}; use a type of more range, or smaller parameters"

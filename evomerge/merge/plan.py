@@ -14,6 +14,7 @@ from evomerge.checkpoints.decoder import text_config
 from evomerge.checkpoints.modules import DEFAULT, TEXT_DECODER
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.errors import CheckpointError, ConfigurationError, Fault, nearest
+from evomerge.merge.layout import depth_of
 from evomerge.merge.methods import METHODS, Method
 from evomerge.merge.output_modules import ModelModules, OutputModule
 from evomerge.merge.parameter_values import ParameterValues
@@ -157,9 +158,10 @@ class _Planner:
         self.method = METHODS["passthrough" if module.is_left_out else recipe.merge_method]
         self.parameters = ParameterValues(recipe, self.method, module.parameters)
         self.rescales = {scale.tensor: (scale.factor, scale.offset) for scale in recipe.evomerge.scales}
-        self.names = {
-            key: role.template for roles in module.layouts[donor].values() for key, role in roles.items()
-        }
+        self.donor = module.layouts[donor]
+        # A language model's config says of every layer what it is, and goes with it; see `layer_settings`.
+        self.has_fixed_places = module.name not in (DEFAULT, TEXT_DECODER)
+        self.names = {key: role.template for roles in self.donor.values() for key, role in roles.items()}
         self.faults: list[Fault] = []
 
     def tensors(self) -> Iterator[TensorPlan]:
@@ -173,9 +175,22 @@ class _Planner:
                     layers=tuple(source.layer_range[0] + offset for source in piece.sources),
                     out_layer=out_layer,
                 )
-                yield from self.at(place, [self.roles_at(place, i) for i in range(len(place.layers))])
+                roles = [self.roles_at(place, i) for i in range(len(place.layers))]
+                if self.has_fixed_places:
+                    self.check_place(place, out_layer, roles[0])
+                yield from self.at(place, roles)
                 out_layer += 1
         yield from self.outside_layers(self.pieces[-1], before=False)
+
+    def check_place(self, place: _Place, out_layer: int, roles: Mapping[str, TensorRole]) -> None:
+        """Note a layer that has other tensors than the donor's in its place, or its last if there is none."""
+        expected = self.donor[min(out_layer, depth_of(self.donor) - 1)]
+        differing = sorted(roles.keys() ^ expected.keys())
+        if differing:
+            model, layer = place.piece.sources[0].model, place.layers[0]
+            verb = "has" if differing[0] in roles else "lacks"
+            reason = f"layer {layer} of {model} {verb} it, unlike the layer whose place it takes, number {out_layer}"
+            self.faults.append(Fault(path=layer_name(differing[0], out_layer), reason=reason))
 
     def outside_layers(self, piece: OutputSlice, *, before: bool) -> Iterator[TensorPlan]:
         place = _Place(piece=piece, depth=0.0, layers=(None,) * len(piece.sources), out_layer=None)

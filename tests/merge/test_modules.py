@@ -364,6 +364,22 @@ def test_layers_that_a_module_lacks_are_refused(family: Family) -> None:
     assert "modules.vision_tower.slices.0.sources: $two has 2 layers, got layer_range [1, 3]" in fault
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("[1, 2]", "[1, 2]", "layer 1 of $one lacks it, unlike the layer whose place it takes, number 0"),
+        ("[0, 2]", "[0, 1]", "layer 0 of $two has it, unlike the layer whose place it takes, number 2"),
+    ],
+)
+def test_a_layer_in_the_place_of_one_with_other_tensors_is_refused(
+    family: Family, first: str, second: str, said: str
+) -> None:
+    text = T5_SLICES.replace("[0, 2]", first).replace("[1, 3]", second)
+    fault = refusal(text, family("T5"))
+    assert said in fault
+    assert "relative_attention_bias" in fault
+
+
 def test_models_of_which_none_has_all_modules_are_refused(family: Family, tmp_path: Path) -> None:
     (tmp_path / "llava").symlink_to(family("Llava"))
     (tmp_path / "t5").symlink_to(family("T5"))
