@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.checkpoints.reference import ModelReference, resolve
-from evomerge.errors import ConfigurationError, EvomergeError
+from evomerge.errors import ConfigurationError, EvomergeError, TaskError
 from evomerge.experiment import EvaluationSettings, ObjectiveSettings
 from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.context import check_context
 from evomerge.fitness.documents import split_documents
 from evomerge.fitness.harness import TaskLibrary
-from evomerge.fitness.objectives import column_error
+from evomerge.fitness.objectives import Measure, column_error
 from evomerge.fitness.user_code import UserCode, survey
+from evomerge.measure_settings import FUNCTION
 from evomerge.merge.export import export_model
 from evomerge.merge.load import load_recipe
 from evomerge.prepare import torch_device
@@ -57,6 +58,7 @@ def evaluate_model(
         EvomergeError: The model cannot be scored.
     """
     settings = settings or EvaluationSettings()
+    tasks = list(dict.fromkeys(tasks))
     if not tasks:
         raise ConfigurationError("--tasks: expected at least one task")
     folders = tuple(path.resolve() for path in include_path)
@@ -93,13 +95,7 @@ def evaluate_model(
             donor="model",
             tasks=tuple(tasks),
             include_path=folders,
-            metrics={
-                name: (
-                    *library.metrics(name),
-                    *((item.metric, item.filter) for item in own if item.task == name),
-                )
-                for name in tasks
-            },
+            metrics={name: _metrics(library, name, own) for name in tasks},
             evaluation=settings,
             device=torch_device(settings.device),
             threads=1,
@@ -126,6 +122,21 @@ def evaluate_model(
     }
 
 
+def _metrics(library: TaskLibrary, task: str, own: Sequence[Measure]) -> tuple[tuple[str, str], ...]:
+    """The (metric, filter) pairs that a task is scored by, the user's own among them.
+
+    Raises:
+        TaskError: There is none.
+    """
+    found = tuple((item.metric, item.filter) for item in own if item.task == task)
+    try:
+        return (*library.metrics(task), *found)
+    except TaskError:
+        if found:
+            return found
+        raise
+
+
 def _user_code(functions: Sequence[str], *, allow_code: bool) -> UserCode | None:
     """What functions are made of, if they may run.
 
@@ -135,7 +146,7 @@ def _user_code(functions: Sequence[str], *, allow_code: bool) -> UserCode | None
     if not functions:
         return None
     for name in functions:
-        if ":" not in name:
+        if not FUNCTION.fullmatch(name):
             raise ConfigurationError(f"--fitness {name}: expected module:function, such as my_fitness:score")
     try:
         code = survey(functions, Path.cwd())

@@ -317,14 +317,17 @@ class Experiment(StrictRecord):
     @model_validator(mode="after")
     def _check_own(self) -> Experiment:
         """One name of a task's measures means one thing."""
-        known: dict[tuple[str | None, str | None], OwnSettings] = {}
+        known: dict[tuple[str, str | None], OwnSettings] = {}
+        tasks = list(dict.fromkeys(item.task for item in self.objectives))
         for item in (*self.objectives, *self.constraints):
-            if item.own is not None and known.setdefault((item.task, item.measured), item.own) != item.own:
+            for task in [item.task] if item.task is not None else tasks:
+                if item.own is None or known.setdefault((task, item.measured), item.own) == item.own:
+                    continue
                 if item.judge is None:
                     raise ValueError(
                         f"{item.fitness} is given different things; leave one of the entries out"
                     )
-                raise ValueError(f"two judges of {item.task} are called {item.measured!r}; give one a name")
+                raise ValueError(f"two judges of {task} are called {item.measured!r}; give one a name")
         return self
 
     @property

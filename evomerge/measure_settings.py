@@ -18,6 +18,9 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 ENDPOINT = "/chat/completions"
 
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""`package.module:function`."""
+
 
 class FunctionSettings(StrictRecord):
     """A Python function of the user's.
@@ -126,7 +129,7 @@ class MeasureSettings(StrictRecord):
     @field_validator("fitness")
     @classmethod
     def _check_fitness(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", name):
+        if name is not None and not FUNCTION.fullmatch(name):
             raise ValueError(f"expected package.module:function, such as my_fitness:score, got {name!r}")
         return name
 

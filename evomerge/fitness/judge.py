@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FEWEST = 4
 """Questions of which one must be answered with a mark, lest a judge that never gives one rule a search."""
 
-NUMBER = re.compile(r"(?<![A-Za-z_\d.,])[-−]?\d+(?:[.,]\d+)?(?![A-Za-z_\d])")
+NUMBER = re.compile(r"(?<![A-Za-z_\d.,])[-−]?(?:\d+(?:[.,]\d+)?|\.\d+)(?![A-Za-z_\d])")
 RESERVED = ("generation", "target", "document")
 
 
@@ -105,7 +105,9 @@ class Judge:
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._known}
         replies = self._ask(list(new.values()))
         refused = [reply.refused for reply in replies if reply.refused]
-        if len(refused) == len(replies) >= FEWEST:
+        # One that has marked before is there; what it refuses now is about these questions.
+        has_marked = any(mark is not None for mark in self._known.values())
+        if len(refused) == len(replies) >= FEWEST and not has_marked:
             raise self._client.unavailable(f"{refused[0]}, to each of {len(refused)} questions")
         marks = [None if reply.refused else read_mark(reply.text, self._settings.scale) for reply in replies]
         if len(questions) >= FEWEST and all(
@@ -160,8 +162,8 @@ def read_mark(text: str, scale: tuple[float, float]) -> float | None:
         scale: Lowest and highest mark.
     """
     low, high = (re.escape(f"{bound:g}") for bound in scale)
-    text = re.sub(rf"\b{low}\s*(?:-|–|to|through)\s*{high}\b", " ", text)
-    text = re.sub(rf"(?<=\d)\s*(?:/|out of|of)\s*{high}(?:\.0+)?(?!\d)|(?<!\d){high}点満点", " ", text)
+    text = re.sub(rf"(?<![\w.]){low}\s*(?:-|–|to|through|and)\s*{high}\b", " ", text)
+    text = re.sub(rf"(?:out of|(?<=\d)\s*(?:/|of))\s*{high}(?:\.0+)?(?!\d)|(?<!\d){high}点満点", " ", text)
     found = NUMBER.findall(text)
     if not found:
         return None

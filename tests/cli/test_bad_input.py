@@ -104,6 +104,12 @@ BAD_EXPERIMENTS = {
         "  batch_size: 8\n  screen: {{metric: perplexity}}",
         ["experiment.yml:16", "evaluation.screen.metric", "likelihood"],
     ),
+    "a function that a constraint on no task gives something else": (
+        "search: {{",
+        "  - {{task: letters, fitness: 'mine:f'}}\nconstraints:\n"
+        "  - {{fitness: 'mine:f', given: model, min: 0.1}}\nsearch: {{",
+        ["experiment.yml", "mine:f is given different things"],
+    ),
     "a base model that a method needs": (
         "base_model: {zoo}/base",
         "",

@@ -66,6 +66,9 @@ def subject(*texts: list[str]) -> Subject:
         ("0", None),
         ("-5", None),
         ("I cannot rate v2 of this.", None),
+        ("4 (out of 10)", 4),
+        ("I give 7, between 1 and 10", 7),
+        (".5", None),
     ],
 )
 def test_the_mark_is_the_last_number_that_does_not_name_the_scale(reply: str, mark: float | None) -> None:
@@ -73,7 +76,16 @@ def test_the_mark_is_the_last_number_that_does_not_name_the_scale(reply: str, ma
 
 
 @pytest.mark.parametrize(
-    ("reply", "mark"), [("-3", -3), ("−3", -3), ("0.5", 0.5), ("-3 of 5", -3), ("-5 to 5: 2", 2)]
+    ("reply", "mark"),
+    [
+        ("-3", -3),
+        ("−3", -3),
+        ("0.5", 0.5),
+        (".5", 0.5),
+        ("-3 of 5", -3),
+        ("-5 to 5: 2", 2),
+        ("0 on a scale from -5 to 5", 0),
+    ],
 )
 def test_a_scale_may_begin_below_0(reply: str, mark: float) -> None:
     assert read_mark(reply, (-5.0, 5.0)) == mark
@@ -141,6 +153,18 @@ def test_a_judge_that_takes_no_question_stops_the_run() -> None:
             judge(settings(server.url)).score(subject(["a"], ["b"], ["c"], ["d"]))
         few = judge(settings(server.url)).score(subject(["a"], ["b"]))
     assert few.counts == {"judged": 2, "unreadable": 2}
+
+
+def test_one_that_has_marked_before_and_refuses_these_questions_is_not_away() -> None:
+    def answer(question: Question) -> Answer | str:
+        return Answer(status=400, body=b"too long") if "long" in question.prompt else "4"
+
+    with serving(answer) as server:
+        asked = judge(settings(server.url))
+        asked.score(subject(["a"], ["b"], ["c"], ["d"], ["e"]))
+        found = asked.score(subject(["long"], ["long"], ["long"], ["long"], ["e"]))
+    assert found.values[:4] == [0.0] * 4
+    assert found.counts == {"judged": 5, "unreadable": 4}
 
 
 def test_no_more_questions_are_on_their_way_than_allowed() -> None:
