@@ -169,8 +169,12 @@ class Checks:
         spec: WorkerSpec,
     ) -> None:
         """Make sure that every document fits the context of every model, which are scored one by one at the end."""
-        screened = (LIKELIHOOD,) if spec.evaluation.screen is not None else ()
-        metrics = {name: (*pairs, *screened) for name, pairs in spec.metrics.items()}
+        screened = (
+            {item.task for item in experiment.objectives} if spec.evaluation.screen is not None else set()
+        )
+        metrics = {
+            name: (*pairs, LIKELIHOOD) if name in screened else pairs for name, pairs in spec.metrics.items()
+        }
         with self._collect_at(_task_places(experiment)):
             check_context(documents, library, metrics, spec.evaluation, spec.models)
 

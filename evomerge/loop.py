@@ -159,9 +159,11 @@ class Run:
             genomes = proposed[: end - number]
             trials = self._evaluate(genomes, first=number, generation=generation)
             is_complete = len(genomes) == len(proposed)
-            # What the budget leaves of the last generation is too little to judge a search by that has a best.
-            if all(trial.fitness is None for trial in trials) and (is_complete or self.best is None):
-                reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials))
+            failed = [trial for trial in trials if trial.fitness is None]
+            # What the budget leaves of the last generation is too little to judge a search by that has a best. Of a
+            # race those that it stopped are left, but not one that is known to be valid on all documents.
+            if self.best is None or (is_complete and len(failed) == len(trials)):
+                reasons = "; ".join(dict.fromkeys(trial.reason for trial in failed))
                 raise NoValidCandidateError(
                     f"none of the {len(trials)} candidates of generation {generation} is valid, so the search "
                     f"has nothing to go by: {reasons}"

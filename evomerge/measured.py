@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 
-def with_error(value: float, error: float | None) -> str:
-    """A score with its standard error, such as `0.7125 ± 0.0320`; `± ?` where the error is not known."""
-    return f"{value:.4f} ± {'?' if error is None else f'{error:.4f}'}"
+def with_error(value: float, error: float | None, *, signed: bool = False) -> str:
+    """A score with its standard error, such as `0.7125 ± 0.0320`; `± ?` where the error is not known.
+
+    Args:
+        value: The score.
+        error: Its standard error.
+        signed: Whether to write a plus, for differences.
+    """
+    return f"{value:{'+' if signed else ''}.4f} ± {'?' if error is None else f'{error:.4f}'}"
 
 
 def as_share(share: float) -> str:

@@ -60,7 +60,10 @@ def named_winner(trials: Sequence[Trial], finals: Sequence[Final]) -> Trial | No
     """The winner as it was named at the end of the search; until then, the best trial."""
     for final in finals:
         if final.name == WINNER and final.stage == "confirm":
-            return next(trial for trial in trials if trial.candidate == final.candidate)
+            same = [trial for trial in trials if trial.candidate == final.candidate]
+            # A race may have settled it; trials of the same candidate may also have been given up or left out.
+            settled = [trial for trial in same if trial.fitness is not None and not trial.out_after]
+            return best_trial(same) or max(settled, key=lambda trial: (*merit(trial), -trial.number))
     return best_trial(trials)
 
 

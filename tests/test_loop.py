@@ -19,6 +19,7 @@ import pytest
 from evomerge.errors import NoValidCandidateError, ReplayMismatchError, RunStoppedError
 from evomerge.journal import Journal
 from evomerge.loop import Run, StopFlag, checked
+from evomerge.race import Course
 from evomerge.recipe import Recipe
 from evomerge.records import Final, Header, Outcome, Status, Trial
 from evomerge.run_dir import RunDir
@@ -279,6 +280,25 @@ def test_a_generation_without_a_valid_candidate_stops_the_run(tmp_path: Path) ->
 def test_a_later_generation_of_only_invalid_ones_stops_the_run_too(tmp_path: Path) -> None:
     with pytest.raises(NoValidCandidateError, match="of generation 1"):
         search(tmp_path, decide=lambda job: score(job) if job.number < 6 else invalid(job))
+
+
+def test_a_race_that_none_ends_in_a_valid_way_stops_the_run(tmp_path: Path) -> None:
+    """Whoever it stopped before has a fitness to go by, but is not known to be valid."""
+    (documents,) = SEARCH
+    *early, late = documents.doc_ids
+    blocks = [(replace(documents, doc_ids=ids),) for ids in (tuple(early), (late,))]
+    course = Course(blocks=blocks, error_rate=0.4)
+
+    def decide(job: Job) -> Outcome:
+        return invalid(job) if any(late in subset.doc_ids for subset in job.documents) else score(job)
+
+    with Journal.create(tmp_path / "journal.jsonl", header()) as journal:
+        run = make_run(tmp_path, journal, decide=decide)
+        run.course = course
+        with pytest.raises(NoValidCandidateError, match="candidates of generation 0 is valid"):
+            run.search()
+        statuses = {trial.status for trial in journal.trials}
+    assert statuses == {Status.PRUNED, Status.INVALID}
 
 
 def test_an_invalid_rest_of_the_last_generation_does_not_spoil_a_search(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def table_text(table: HoldoutTable) -> str:
                 row.name,
                 with_error(row.fitness.mean, row.fitness.standard_error),
                 *(with_error(row.metrics[label], row.errors[label]) for label in labels),
-                "" if test is None else f"{test.difference:+.4f} ± {test.standard_error:.4f}",
+                "" if test is None else with_error(test.difference, test.standard_error, signed=True),
                 "" if test is None else f"{test.p_value:.2g}",
             ]
         )

@@ -103,16 +103,16 @@ class PairedTest:
 
     Attributes:
         difference: Fitness of the first minus fitness of the second.
-        standard_error: Its standard error.
-        low: Lower end of the 95 % confidence interval.
-        high: Upper end.
+        standard_error: Its standard error; None where a single document leaves it unknown.
+        low: Lower end of the 95 % confidence interval, or None.
+        high: Upper end, or None.
         p_value: Two-sided p of a sign-flip permutation test.
     """
 
     difference: float
-    standard_error: float
-    low: float
-    high: float
+    standard_error: float | None
+    low: float | None
+    high: float | None
     p_value: float
 
     @property
@@ -132,10 +132,8 @@ def estimate(samples: Mapping[str, SampleScores], objectives: Sequence[Objective
     counted.
     """
     shares = _shares(samples, objectives)
-    known = all(len(part) > 1 for part in shares.values())
     return Estimate(
-        mean=math.fsum(float(part.sum()) for part in shares.values()),
-        standard_error=_standard_error(shares) if known else None,
+        mean=math.fsum(float(part.sum()) for part in shares.values()), standard_error=_standard_error(shares)
     )
 
 
@@ -169,6 +167,7 @@ def paired_test(
     shares = np.concatenate(list(by_task.values()))
     difference = float(shares.sum())
     error = _standard_error(by_task)
+    margin = None if error is None else 1.96 * error
     generator = np.random.default_rng(seed)
     moving = np.abs(shares[shares != 0])
     # Sums that are equal but for the rounding of float64 count as equal.
@@ -181,8 +180,8 @@ def paired_test(
     return PairedTest(
         difference=difference,
         standard_error=error,
-        low=difference - 1.96 * error,
-        high=difference + 1.96 * error,
+        low=None if margin is None else difference - margin,
+        high=None if margin is None else difference + margin,
         p_value=(extreme + 1) / (NUM_PERMUTATIONS + 1),
     )
 
@@ -213,6 +212,11 @@ def _shares(samples: Mapping[str, SampleScores], objectives: Sequence[Objective]
     return shares
 
 
-def _standard_error(shares: Mapping[str, np.ndarray]) -> float:
-    """Standard error of the sum of all shares, with the documents of each task as a sample of their own."""
-    return math.sqrt(sum(len(part) * float(part.var(ddof=1)) for part in shares.values() if len(part) > 1))
+def _standard_error(shares: Mapping[str, np.ndarray]) -> float | None:
+    """Standard error of the sum of all shares, with the documents of each task as a sample of their own.
+
+    A single document of a task leaves it unknown.
+    """
+    if any(len(part) < 2 for part in shares.values()):
+        return None
+    return math.sqrt(sum(len(part) * float(part.var(ddof=1)) for part in shares.values()))

@@ -17,13 +17,13 @@ from typing import Any
 from evomerge.fitness.objectives import Estimate, Objective, estimate
 from evomerge.fitness.optimism import MAX_CANDIDATES, optimism
 from evomerge.fitness.ranking import merit
-from evomerge.fitness.samples import joined
+from evomerge.fitness.samples import Samples, joined
 from evomerge.journal import Journal
 from evomerge.measured import as_share
 from evomerge.records import Status, Trial
 from evomerge.report.holdout import HoldoutTable
 from evomerge.run_dir import RunDir
-from evomerge.stages import WINNER, named_winner
+from evomerge.stages import WINNER, best_trial, named_winner
 
 LARGE = 0.05
 """Share of texts from which on something is said, and difference of two shares."""
@@ -165,9 +165,9 @@ def texts_of(counts: Mapping[str, int]) -> Texts:
 
 
 def _scored(trials: Sequence[Trial]) -> dict[str, Trial]:
-    """Candidate -> its first trial that was scored."""
+    """Candidate -> its first trial that was scored, on all documents if there is one."""
     found: dict[str, Trial] = {}
-    for trial in sorted(trials, key=lambda trial: trial.number):
+    for trial in sorted(trials, key=lambda trial: (trial.status is not Status.OK, trial.number)):
         if trial.fitness is not None:
             found.setdefault(trial.candidate, trial)
     return found
@@ -175,18 +175,25 @@ def _scored(trials: Sequence[Trial]) -> dict[str, Trial]:
 
 def _second_scores(run_dir: RunDir, journal: Journal, objectives: Sequence[Objective]) -> dict[str, Estimate]:
     """Candidate -> its fitness when it was scored a second time, on all search documents in several parts."""
-    parts: dict[str, list[str]] = {}
-    broken = set()
+    best = best_trial(journal.trials)
+    if best is None or not best.scores:
+        return {}
+    whole = _documents(run_dir.read_scores(best.scores))
+    parts: dict[str, list[Samples]] = {}
     for final in journal.finals:
-        if final.stage == "confirm" and final.name != WINNER:
-            parts.setdefault(final.candidate, []).append(final.scores)
-            if final.status is not Status.OK:
-                broken.add(final.candidate)
+        if final.stage == "confirm" and final.name != WINNER and final.status is Status.OK:
+            parts.setdefault(final.candidate, []).append(run_dir.read_scores(final.scores))
+    second = {candidate: joined(samples) for candidate, samples in parts.items()}
+    # The second scoring may be under way, or a part of it may have failed.
     return {
-        candidate: estimate(joined([run_dir.read_scores(file) for file in files]), objectives)
-        for candidate, files in parts.items()
-        if candidate not in broken
+        candidate: estimate(samples, objectives)
+        for candidate, samples in second.items()
+        if _documents(samples) == whole
     }
+
+
+def _documents(samples: Samples) -> dict[str, tuple[int, ...]]:
+    return {task: scores.doc_ids for task, scores in samples.items()}
 
 
 def _reached(
@@ -196,7 +203,9 @@ def _reached(
     if winner is None or winner.fitness is None:
         return
     first = Estimate(mean=winner.fitness, standard_error=winner.standard_error)
-    yield Reached(on="search", fitness=first, num_candidates=len(_scored(journal.trials)))
+    best = best_trial(journal.trials)
+    is_best = best is not None and best.candidate == winner.candidate
+    yield Reached(on="search", fitness=first, num_candidates=len(_scored(journal.trials)) if is_best else 1)
     if winner.candidate in second:
         yield Reached(on="confirm", fitness=second[winner.candidate], num_candidates=max(1, len(second)))
     if table is not None:
@@ -207,6 +216,8 @@ def _luck(run_dir: RunDir, journal: Journal, objectives: Sequence[Objective]) ->
     whole = [
         trial for trial in _scored(journal.trials).values() if trial.status is Status.OK and trial.scores
     ]
+    # One that violates a constraint wins only if all do.
+    whole = [trial for trial in whole if not trial.violations] or whole
     if len(whole) < 2:
         return None
     best = sorted(whole, key=lambda trial: (*merit(trial), -trial.number), reverse=True)[:MAX_CANDIDATES]

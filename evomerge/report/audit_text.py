@@ -53,7 +53,8 @@ def _cell(share: Share | None) -> str:
 def _reached(reached: Reached) -> list[str]:
     match reached.on:
         case "search":
-            name = f"on the search documents, best of {reached.num_candidates}: optimistic"
+            among = f", best of {reached.num_candidates}" if reached.num_candidates > 1 else ""
+            name = f"on the search documents{among}: optimistic"
         case "confirm":
             name = "on them again, in other batches: still optimistic"
         case _:
@@ -64,7 +65,7 @@ def _reached(reached: Reached) -> list[str]:
 
 def _sums(audit: Audit) -> list[str]:
     counts = audit.candidates
-    words = {"ok": "scored", "pruned": "stopped early", "invalid": "invalid", "failed": "failed"}
+    words = {"ok": "scored", "pruned": "stopped or left out early", "invalid": "invalid", "failed": "failed"}
     lines = [
         "candidates: " + ", ".join(f"{counts[key]} {word}" for key, word in words.items() if key in counts)
     ]

@@ -59,7 +59,9 @@ class HoldoutTable:
     def verdict(self) -> str:
         """One sentence about whether the winner's lead is more than chance."""
         test = self.test
-        numbers = f"{test.difference:+.4f}, 95 % interval {test.low:+.4f} to {test.high:+.4f}, p = {test.p_value:.2g}"
+        known = test.low is not None and test.high is not None
+        interval = f"{test.low:+.4f} to {test.high:+.4f}" if known else "unknown"
+        numbers = f"{test.difference:+.4f}, 95 % interval {interval}, p = {test.p_value:.2g}"
         if test.difference > 0 and test.significant:
             best = (
                 "the best of the others, "

@@ -62,7 +62,7 @@ def read_status(path: Path) -> RunStatus:
     if folder.status.is_file():
         written = json.loads(folder.status.read_text(encoding="utf-8"))
     objectives, constraints = read_objectives(journal), read_constraints(journal)
-    if any(final.stage == "holdout" for final in journal.finals):
+    if any(final.stage != "search" for final in journal.finals):  # the sources were scored before
         objectives, constraints = with_sources(objectives, constraints, source_metrics(journal.finals))
     table = holdout_table(folder, journal.finals, objectives, constraints)
     # The lock comes first: a resumed run still carries the state in which it ended before.

@@ -47,6 +47,8 @@ class Writer:
             "standard_error": None if fitness is None else 0.03,
             **more,
         }
+        if values["status"] is Status.OK and fitness is not None and "scores" not in more:
+            values["scores"] = self.run_dir.write_scores(f"{number}-search", samples(fitness))
         self.records.append(Trial(number=number, genome=(), asked_after=0, fitness=fitness, **values))
 
     def final(
@@ -110,7 +112,7 @@ def test_every_candidate_counts_once_and_those_without_scores_are_told(run: Writ
     assert found.candidates == {"ok": 2, "invalid": 1, "failed": 1, "pruned": 1}
     assert found.models == {}
     assert found.noise_floor is None
-    assert "candidates: 2 scored, 1 stopped early, 1 invalid, 1 failed" in audit_text(found)
+    assert "candidates: 2 scored, 1 stopped or left out early, 1 invalid, 1 failed" in audit_text(found)
 
 
 def test_the_noise_floor_is_the_largest_difference_between_two_scores_of_a_candidate(run: Writer) -> None:
@@ -166,6 +168,30 @@ def test_the_luck_in_the_choice_is_that_of_the_candidates_once_the_search_is_ove
         f"at least about {found.luck:.4f} of it on the search documents is expected to be luck"
         in audit_text(found)
     )
+
+
+def test_candidates_that_cannot_win_have_no_part_in_the_luck(run: Writer) -> None:
+    drawn = np.random.default_rng(1).random((20, NUM)) < 0.5
+    ids = tuple(range(NUM))
+    for number, row in enumerate([*drawn, np.ones(NUM)]):
+        scores = {"t": SampleScores(doc_ids=ids, values={"acc,none": tuple(row.astype(float).tolist())})}
+        violations = {"too long": 0.1} if number == 20 else {}
+        file = run.run_dir.write_scores(f"{number}-search", scores)
+        run.trial(number, float(row.mean()), scores=file, violations=violations)
+    run.holdout({}, {})
+    assert (run.audit().luck or 0) > 0.01
+
+
+def test_half_a_second_scoring_says_nothing(run: Writer) -> None:
+    whole = samples(0.5)
+    run.trial(0, 0.5, scores=run.run_dir.write_scores("0-search", whole))
+    run.final("trial 0, part 0", "confirm", samples(1.0, range(0, NUM, 2)), candidate="c0")
+    found = run.audit()
+    assert found.noise_floor is None
+    assert [each.on for each in found.winner] == ["search"]
+    run.run_dir.journal.unlink()
+    run.final("trial 0, part 1", "confirm", samples(0.2, range(1, NUM, 2)), candidate="c0")
+    assert run.audit().noise_floor == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from evomerge.fitness.constraints import Constraint
 from evomerge.fitness.objectives import Objective
 from evomerge.journal import Journal
 from evomerge.lock import RunLock, is_locked
-from evomerge.records import Header, Status, Trial
+from evomerge.records import Final, Header, SampleScores, Status, Trial
 from evomerge.report.status import read_constraints, read_objectives, run_status
 from evomerge.report.trials import decode_trial
 from evomerge.run_dir import RunDir
@@ -120,6 +121,28 @@ def test_what_constrains_and_what_is_normalised_is_read_from_the_journal(tmp_pat
             task="t", metric="m", filter="none", maximize=False, kind="retention", limit=0.9
         )
         assert read_constraints(journal) == (expected,)
+
+
+def test_shares_of_the_sources_are_known_before_the_holdout(tmp_path: Path) -> None:
+    objective = {**SETTINGS["objectives"][0], "normalize": "sources"}  # type: ignore[index,dict-item]
+    header = Header(
+        experiment="e", settings={**SETTINGS, "objectives": [objective]}, inputs={}, versions={}, seed=0
+    )
+    found = RunDir(tmp_path)
+    found.create()
+    scores = {"t": SampleScores(doc_ids=(0, 1), values={"m,none": (1.0, 3.0)})}
+    scored: dict[str, Any] = {"status": Status.OK, "metrics": {"t": {"m,none": 2.0}}}
+    with Journal.create(found.journal, header) as journal:
+        for name, stage, candidate in (("one", "search", ""), ("trial 0, part 0", "confirm", "c0")):
+            file = found.write_scores(f"{name}-{stage}", scores)
+            journal.append(
+                Final(name=name, stage=stage, candidate=candidate, recipe=None, scores=file, **scored)  # type: ignore[arg-type]
+            )
+        file = found.write_scores("0-search", scores)
+        journal.append(
+            Trial(number=0, candidate="c0", genome=(), asked_after=0, fitness=1.0, scores=file, **scored)
+        )
+    assert run_status(tmp_path)["audit"]["noise_floor"] == 0
 
 
 def test_a_trial_that_is_not_recorded_is_named(run_dir: RunDir) -> None:
