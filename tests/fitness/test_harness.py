@@ -219,6 +219,7 @@ def test_cut_off_generations_are_counted(models: dict[str, Any], tokenizer: Any,
         "generations": 8,
         "truncated": sum("\n" not in text for text in texts),
         "output_tokens": sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts),
+        "empty": sum(not text.strip() for text in texts),
     }
     change(folder / "gen.yaml", 'until: ["\\n"]', f"until: [{stop!r}]")
     stopped, counts = texts_and_counts()
