@@ -308,7 +308,7 @@ objectives:
   - {{task: short_de, metric: acc_lang}}
   - {{task: short_en, metric: acc}}
 search: {{algorithm: cma-es, evaluations: 6, seed: 1}}
-evaluation: {{include_path: [{tasks}, {short}], data_dir: {data}, holdout: 0.3}}
+evaluation: {{include_path: [{tasks}, {short}], data_dir: {data}, holdout: 0.3, max_length: 4096}}
 workers: {{backend: inline}}
 """
 
