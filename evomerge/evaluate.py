@@ -80,16 +80,7 @@ def evaluate_model(
         ids, _ = split_documents(library.split_name(name), count, holdout=0.0, limit=settings.limit)
         documents.append(DocumentSet(task=name, doc_ids=ids, name=name, complete=len(ids) == count))
     with tempfile.TemporaryDirectory(prefix="evomerge-") as scratch:
-        if model.endswith((".yml", ".yaml")):
-            loaded = load_recipe(Path(model))
-            folder = Path(scratch) / "model"
-            export_model(loaded.recipe, loaded.checkpoints, folder)
-        else:
-            try:
-                folder = resolve(ModelReference.parse(model))
-            except ValueError as error:
-                raise ConfigurationError(f"{model}: {error}") from None
-            Checkpoint.open(folder)
+        folder = _checkpoint(model, Path(scratch))
         spec = WorkerSpec(
             models={"model": folder},
             donor="model",
@@ -120,6 +111,25 @@ def evaluate_model(
         "counts": dict(outcome.counts),
         "seconds": dict(outcome.seconds),
     }
+
+
+def _checkpoint(model: str, scratch: Path) -> Path:
+    """The folder of a model, or of what a recipe makes.
+
+    Raises:
+        ConfigurationError: It is no model.
+    """
+    if model.endswith((".yml", ".yaml")):
+        loaded = load_recipe(Path(model))
+        folder = scratch / "model"
+        export_model(loaded.recipe, loaded.checkpoints, folder)
+        return folder
+    try:
+        folder = resolve(ModelReference.parse(model))
+    except ValueError as error:
+        raise ConfigurationError(f"{model}: {error}") from None
+    Checkpoint.open(folder)
+    return folder
 
 
 def _metrics(library: TaskLibrary, task: str, own: Sequence[Measure]) -> tuple[tuple[str, str], ...]:

@@ -24,7 +24,7 @@ from evomerge.fitness.base import DocumentSet
 from evomerge.fitness.constraints import Constraint, as_settings
 from evomerge.fitness.documents import choose_documents
 from evomerge.fitness.harness import TaskLibrary
-from evomerge.fitness.objectives import Objective
+from evomerge.fitness.objectives import Measure, Objective
 from evomerge.fitness.user_code import UserCode
 from evomerge.merge.compatible import differing_keys
 from evomerge.own_code import code_folder, refuse_code, survey_code, warnings_of_own
@@ -152,38 +152,24 @@ def prepare(
     checks.stop_if_faulty()
     library, objectives, constraints = tasks
     search_documents, holdout_documents = choose_documents(experiment, constraints, library)
+    evaluation = experiment.evaluation.model_copy(
+        update={
+            "include_path": [str(folder) for folder in include_path],
+            "data_dir": data_dir,
+            "code_path": None if code is None else str(code_folder(experiment, folder)),
+        }
+    )
     resolved = experiment.model_copy(
         update={
             "models": list(sources),
             "base_model": base,
+            "evaluation": evaluation,
             **_resolved_spaces(experiment, [space.data for space in spaces]),
-            "objectives": [
-                settings.model_copy(
-                    update={
-                        "filter": objective.filter,
-                        "direction": "maximize" if objective.maximize else "minimize",
-                    }
-                )
-                for settings, objective in zip(experiment.objectives, objectives, strict=True)
-            ],
-            "constraints": [as_settings(constraint) for constraint in constraints],
-            "evaluation": experiment.evaluation.model_copy(
-                update={
-                    "include_path": [str(folder) for folder in include_path],
-                    "data_dir": data_dir,
-                    "code_path": None if code is None else str(code_folder(experiment, folder)),
-                }
-            ),
+            **_resolved_measures(experiment, objectives, constraints),
         }
     )
     task_names = tuple(dict.fromkeys(item.task for item in (*search_documents, *holdout_documents)))
     measures = (*objectives, *constraints)
-    metrics = {
-        item.task: tuple(
-            dict.fromkeys((other.metric, other.filter) for other in measures if other.task == item.task)
-        )
-        for item in measures
-    }
     prepared = PreparedRun(
         experiment=resolved,
         stages=stages,
@@ -200,7 +186,7 @@ def prepare(
             donor=donor,
             tasks=task_names,
             include_path=include_path,
-            metrics=metrics,
+            metrics=_metrics(measures),
             evaluation=resolved.evaluation,
             device=torch_device(resolved.evaluation.device),
             threads=resolved.workers.threads,
@@ -272,6 +258,34 @@ def _resolved_spaces(experiment: Experiment, spaces: Sequence[Any]) -> dict[str,
             stage.model_copy(update={"search_space": space})
             for stage, space in zip(experiment.stages, spaces, strict=True)
         ]
+    }
+
+
+def _resolved_measures(
+    experiment: Experiment, objectives: Sequence[Objective], constraints: Sequence[Constraint]
+) -> dict[str, Any]:
+    """Objectives and constraints with everything they left open, as fields of the experiment."""
+    return {
+        "objectives": [
+            settings.model_copy(
+                update={
+                    "filter": objective.filter,
+                    "direction": "maximize" if objective.maximize else "minimize",
+                }
+            )
+            for settings, objective in zip(experiment.objectives, objectives, strict=True)
+        ],
+        "constraints": [as_settings(constraint) for constraint in constraints],
+    }
+
+
+def _metrics(measures: Sequence[Measure]) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Task as the objectives name it -> the (metric, filter) pairs wanted."""
+    return {
+        item.task: tuple(
+            dict.fromkeys((other.metric, other.filter) for other in measures if other.task == item.task)
+        )
+        for item in measures
     }
 
 

@@ -125,3 +125,25 @@ def test_evaluate_tries_a_function_on_one_model(
     metrics = json.loads(found.out)["tasks"]["letters"]["metrics"]
     assert metrics["own_score:letters,evomerge"] == pytest.approx(np.mean([value(text) for text in said]))
     assert "exact_match,none" in metrics
+
+
+def test_a_function_scores_a_task_whose_own_metrics_are_no_means(
+    command: Command, functions: Path, tiny_zoo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tasks" / "corpus.yaml").write_text(
+        "include: letters.yaml\ntask: corpus\nmetric_list:\n  - {metric: bleu}\n"
+    )
+    common = ["evaluate", tiny_zoo / "one", "--tasks", "corpus", "--include-path", "tasks", "--json"]
+    refused = command(*common)
+    assert refused.code == 2
+    assert "no metric is the mean of a number per document" in refused.err
+    found = command(*common, "--allow-code", "--fitness", "own_score:letters")
+    assert found.code == 0, found.err
+    assert list(json.loads(found.out)["tasks"]["corpus"]["metrics"]) == ["own_score:letters,evomerge"]
+
+
+def test_a_file_that_is_no_module_is_no_function(command: Command, functions: Path, tmp_path: Path) -> None:
+    (tmp_path / "my-score.py").write_text(FUNCTIONS)
+    refused = command("evaluate", "x", "--tasks", "letters", "--fitness", "my-score:letters", "--allow-code")
+    assert refused.code == 2
+    assert "--fitness my-score:letters: expected module:function" in refused.err
