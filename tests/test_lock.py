@@ -37,13 +37,12 @@ from evomerge.lock import RunLock
 
 with RunLock(sys.argv[1]):
     if sys.argv[2] == "fork":
-        pid = os.fork()
-        if not pid:
+        if not os.fork():
+            print(os.getpid(), flush=True)  # by the child, so that it is known to be up
             time.sleep(60)
             os._exit(0)
     else:
-        pid = subprocess.Popen(["sleep", "60"], close_fds=False).pid
-    print(pid, flush=True)
+        print(subprocess.Popen(["sleep", "60"], close_fds=False).pid, flush=True)
     sys.stdin.readline()
 """
 
