@@ -221,7 +221,8 @@ class Run:
         best = best_trial(earlier)
         if best is None:
             return None
-        front = [trial.metrics for trial in pareto_front(earlier, self.objectives)]
+        on_front = pareto_front(earlier, self.objectives) if self.course.front else []
+        front = [trial.metrics for trial in on_front]
         return Incumbent(merit=merit(best), samples=self.run_dir.read_scores(best.scores), front=front)
 
     def _record(self, trial: Trial, generation: int) -> None:

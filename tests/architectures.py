@@ -51,15 +51,20 @@ def tiny(name: str, **config: Any) -> Any:
     return getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(made)
 
 
+def randomise(model: Any, seed: int) -> None:
+    """Give a model the common random weights; for a seed other than 0 with small random changes of its own."""
+    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1000 + seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=shared))
+            if seed:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=own))
+
+
 def make_family(folder: Path, name: str, **config: Any) -> Path:
     """Write `base`, `one` and `two`: a common random base, the others changed a little; float32."""
     for seed, child in enumerate(("base", "one", "two")):
         model = tiny(name, **config)
-        shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1000 + seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=shared))
-                if seed:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=own))
+        randomise(model, seed)
         model.save_pretrained(folder / child)
     return folder

@@ -11,6 +11,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.architectures import randomise
+
 WORDS = 48
 IMAGE = WORDS - 1
 """The token that stands for a piece of an image."""
@@ -88,12 +90,7 @@ def make_family(folder: Path, name: str, *, as_held: bool = False) -> Path:
     """
     for seed, child in enumerate(("base", "one", "two")):
         model = tiny(name)
-        shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1000 + seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=shared))
-                if seed:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=own))
+        randomise(model, seed)
         model.save_pretrained(folder / child)
         if as_held:
             state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
