@@ -46,11 +46,10 @@ def with_batch_size(prepared: PreparedRun, *, memory: Callable[[str], int] | Non
     sharing = _sharing(prepared, available)
     found = LARGEST
     stages = survey_all(prepared)
+    load = load_of(prepared, (*prepared.search_documents, *prepared.holdout_documents))
     while found > 1:
         tried = _fixed(prepared, found)
-        needs = memory_needs(
-            tried, stages, load_of(tried, (*tried.search_documents, *tried.holdout_documents))
-        )
+        needs = memory_needs(tried, stages, load.in_batches_of(found))
         if needs.scoring is None:  # the config does not tell
             return _fixed(prepared, AUTO_BATCH_SIZE)
         needed = needs.device if tried.spec.device.startswith("cuda") else needs.host

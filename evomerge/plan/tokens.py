@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evomerge.checkpoints.reader import Checkpoint
@@ -41,6 +41,15 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    """A prompt: what is sorted and batched together, its tokens, and those generated after it."""
+
+    group: str
+    length: int
+    new: Span
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskLoad:
     """What scoring some documents asks of a model.
 
@@ -49,12 +58,18 @@ class TaskLoad:
         prompt_tokens: Their tokens, without padding.
         new_tokens: Tokens generated, if every answer is as long as the task's own and if none ends by itself.
         batches: The batches.
+        groups: The prompts that are batched together, where they are kept to be batched anew.
     """
 
     requests: int
     prompt_tokens: int
     new_tokens: Span
     batches: tuple[Batch, ...]
+    groups: tuple[tuple[_Prompt, ...], ...] = field(default=(), compare=False, repr=False)
+
+    def in_batches_of(self, size: int) -> TaskLoad:
+        """The same in batches of another size, without counting tokens again."""
+        return replace(self, batches=tuple(batch for group in self.groups for batch in _batches(group, size)))
 
     def __add__(self, other: TaskLoad) -> TaskLoad:
         return TaskLoad(
@@ -62,6 +77,7 @@ class TaskLoad:
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             new_tokens=self.new_tokens + other.new_tokens,
             batches=self.batches + other.batches,
+            groups=self.groups + other.groups,
         )
 
 
@@ -89,15 +105,6 @@ def total_load(
     return sum(loads, start=NOTHING)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prompt:
-    """A prompt: what is sorted and batched together, its tokens, and those generated after it."""
-
-    group: str
-    length: int
-    new: Span
-
-
 class _Counter:
     def __init__(self, reader: Reader, settings: EvaluationSettings) -> None:
         self._reader = reader
@@ -121,12 +128,14 @@ class _Counter:
         groups: dict[str, list[_Prompt]] = {}
         for prompt in prompts:
             groups.setdefault(prompt.group, []).append(prompt)
-        return TaskLoad(
+        load = TaskLoad(
             requests=len(prompts),
             prompt_tokens=sum(prompt.length for prompt in prompts),
             new_tokens=sum((prompt.new for prompt in prompts), start=Span(low=0, high=0)),
-            batches=tuple(batch for group in groups.values() for batch in self._batches(group)),
+            batches=(),
+            groups=tuple(map(tuple, groups.values())),
         )
+        return load.in_batches_of(batch_size(self._settings))
 
     def _prompts(self, task: Any, requests: Sequence[Any]) -> Iterator[_Prompt]:
         kinds: dict[str, list[Any]] = {}
@@ -163,18 +172,18 @@ class _Counter:
                 length = max(1, min(self._reader.max_length, len(ids) - first))
                 yield _Prompt(group="rolled", length=length, new=Span(low=0, high=0))
 
-    def _batches(self, prompts: Sequence[_Prompt]) -> Iterator[Batch]:
-        size = batch_size(self._settings)
-        ordered = sorted(prompts, key=lambda prompt: -prompt.length)
-        for first in range(0, len(ordered), size):
-            rows = ordered[first : first + size]
-            most = max(prompt.new.high for prompt in rows)
-            longest = max(prompt.new.low for prompt in rows)
-            yield Batch(
-                rows=len(rows),
-                length=rows[0].length,
-                new=Span(low=min(most, max(longest, most * SHORTEST_ANSWER)), high=most),
-            )
+
+def _batches(prompts: Sequence[_Prompt], size: int) -> Iterator[Batch]:
+    ordered = sorted(prompts, key=lambda prompt: -prompt.length)
+    for first in range(0, len(ordered), size):
+        rows = ordered[first : first + size]
+        most = max(prompt.new.high for prompt in rows)
+        longest = max(prompt.new.low for prompt in rows)
+        yield Batch(
+            rows=len(rows),
+            length=rows[0].length,
+            new=Span(low=min(most, max(longest, most * SHORTEST_ANSWER)), high=most),
+        )
 
 
 def _answer(task: Any, document: Mapping[str, Any]) -> str:
