@@ -9,13 +9,15 @@ Everything is computed in float32 and rounded once, to the plan's type.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evomerge.errors import CheckpointError, Fault
 from evomerge.merge.bank import Bank, SourceLine, Statistics, TensorSource
+from evomerge.merge.kernels import cpu, cpu_arrays
+from evomerge.merge.kernels.reference import Elements
 from evomerge.merge.kernels.threads import spread
 from evomerge.merge.methods import MergeInputs
 from evomerge.merge.methods.base import CombinationInputs, TaskVectorInputs
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from evomerge.merge.kernels.reference import Elements, Line, Operation
+    from evomerge.merge.kernels.reference import Line, Operation
 
 PIECE = 1 << 16
 """Elements that an elementwise formula is given at once: its temporaries stay in the processor's cache."""
@@ -50,7 +52,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class PreparedTensor:
     """An output tensor that can be computed.
 
@@ -136,8 +138,6 @@ class PreparedTensor:
             return self._write_formula(out, first)
         native = self._native(out, first)
         if native is not None:
-            from evomerge.merge.kernels import cpu, cpu_arrays
-
             return cpu_arrays.run(self.operation, native, cpu.flat(out))
         elements = self._elements(self.tensors, self.ranks, first, out.numel())
         return _kernel(out)(self.operation, elements, out)
@@ -147,15 +147,11 @@ class PreparedTensor:
         if self.plan.dtype is not None and self.plan.rescale is None and self.operation is not None:
             native = self._native(out, first)
             if native is not None:
-                from evomerge.merge.kernels import cpu, cpu_arrays
-
                 return cpu_arrays.prepared(self.operation, native, cpu.flat(out))
         return partial(self.write, out, first)
 
     def _native(self, out: Tensor, first: int) -> Elements[NDArray[Any]] | None:
         """The inputs of a run of elements as the loops for the CPU take them, if they know all types."""
-        from evomerge.merge.kernels import cpu
-
         arrays = self._arrays
         if arrays is None or not cpu.is_native(out) or not out.is_contiguous():
             return None
@@ -172,8 +168,6 @@ class PreparedTensor:
     def _elements(
         self, inputs: Sequence[Line], ranks: Mapping[int, Line], first: int, count: int
     ) -> Elements[Line]:
-        from evomerge.merge.kernels.reference import Elements
-
         elements = Elements(
             name=self.plan.name,
             seed=self.plan.seed,
@@ -239,55 +233,64 @@ def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> Prepared
     """
     if bank.device != "cpu":
         # One after the other: what is prepared may hold copies of its inputs that the bank has no room for.
-        return _first_flawed(((plan, out, 0) for plan, out in wanted), bank)
-    parts = [part for plan, out in wanted for part in _parts(plan, out, bank)]
-    # Batches of many tensors, as waking a thread takes as long as computing a small one.
-    work = _first_flawed if bank.budget is not None else _first_flawed_of_batch
-    batches = spread(lambda batch: work(batch, bank), _batches(parts))
-    return next((flawed for flawed in batches if flawed is not None), None)
+        return _run([_Step(out.numel(), partial(_whole, plan, out, bank)) for plan, out in wanted])
+    steps = [step for plan, out in wanted for step in _steps(plan, out, bank)]
+    return next((flawed for flawed in spread(_run, _batches(steps)) if flawed is not None), None)
 
 
-Part = tuple["TensorPlan | PreparedTensor", "Tensor", int]
-"""A tensor, where a run of its elements goes, and the position of the first."""
+class _Step(NamedTuple):
+    """A tensor to compute, or a run of its elements.
+
+    Attributes:
+        size: Number of elements.
+        work: Computes them; gives the tensor if they are not finite.
+    """
+
+    size: int
+    work: Callable[[], PreparedTensor | None]
 
 
-def _parts(plan: TensorPlan, out: Tensor, bank: Bank) -> list[Part]:
-    """A large tensor in several parts; smaller ones are prepared by the thread that computes them."""
-    if out.numel() <= PART:
-        return [(plan, out, 0)]
+def _steps(plan: TensorPlan, out: Tensor, bank: Bank) -> Iterator[_Step]:
+    """Prepare a tensor, and leave as little as possible of its computation to Python.
+
+    Done for all tensors before the first is computed: Python holds up the threads that compute, and finds its data
+    gone from the caches after them. A large tensor is computed in several steps, which threads can share.
+    """
+    count = out.numel()
+    if bank.budget is not None and count <= PART:
+        # Preparing takes it into memory, which has no room for all.
+        yield _Step(count, partial(_whole, plan, out, bank))
+        return
     prepared = prepare_tensor(plan, bank)
-    if not prepared.divisible:
-        return [(prepared, out, 0)]
-    return [(prepared, out[first : first + PART], first) for first in range(0, out.numel(), PART)]
+    size = PART if prepared.divisible else max(1, count)
+    for first in range(0, max(1, count), size):
+        run = out[first : first + size] if count > size else out
+        yield _Step(run.numel(), partial(_part, prepared, prepared.prepared_write(run, first)))
 
 
-def _first_flawed(parts: Iterable[Part], bank: Bank) -> PreparedTensor | None:
-    for what, out, first in parts:
-        prepared = prepare_tensor(what, bank) if isinstance(what, TensorPlan) else what
-        if not prepared.write(out, first):
-            return prepared
-    return None
+def _whole(plan: TensorPlan, out: Tensor, bank: Bank) -> PreparedTensor | None:
+    prepared = prepare_tensor(plan, bank)
+    return None if prepared.write(out) else prepared
 
 
-def _first_flawed_of_batch(batch: Sequence[Part], bank: Bank) -> PreparedTensor | None:
-    """As `_first_flawed`, Python first: after loops have gone through the caches it runs at half the speed."""
-    steps = []
-    for what, out, first in batch:
-        prepared = prepare_tensor(what, bank) if isinstance(what, TensorPlan) else what
-        steps.append((prepared, prepared.prepared_write(out, first)))
-    return next((prepared for prepared, write in steps if not write()), None)
+def _part(prepared: PreparedTensor, write: Callable[[], bool]) -> PreparedTensor | None:
+    return None if write() else prepared
 
 
-def _batches(parts: Sequence[Part]) -> list[list[Part]]:
-    batches: list[list[Part]] = []
+def _run(steps: Sequence[_Step]) -> PreparedTensor | None:
+    return next((flawed for step in steps if (flawed := step.work()) is not None), None)
+
+
+def _batches(steps: Sequence[_Step]) -> list[list[_Step]]:
+    """Many small tensors at once, as waking a thread takes as long as computing one."""
+    batches: list[list[_Step]] = []
     room = 0
-    for part in parts:
-        size = part[1].numel()
-        if not batches or size > room:
+    for step in steps:
+        if not batches or step.size > room:
             batches.append([])
             room = PART
-        batches[-1].append(part)
-        room -= size
+        batches[-1].append(step)
+        room -= step.size
     return batches
 
 
@@ -373,7 +376,7 @@ def operation_of(plan: TensorPlan, statistics: Statistics) -> Operation | None:
 
 def _kernel(out: Tensor) -> Callable[[Operation, Elements[Tensor], Tensor], bool]:
     """What carries out an operation on the device of `out`."""
-    from evomerge.merge.kernels import cpu, gpu, reference
+    from evomerge.merge.kernels import gpu, reference
 
     if out.device.type == "cpu":
         return cpu.run

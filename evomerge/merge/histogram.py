@@ -5,10 +5,15 @@ task vectors needs one pass for the histogram, once, and one pass per candidate,
 the whole tensor sorted for every candidate. A threshold is exact to one bin; inside the bin at the boundary
 the counter hash keeps as many elements as the share asks for. (Differences of bfloat16 weights are coarse:
 one bin can hold a fifth of a tensor, all of one magnitude.)
+
+So every element has a sort key of 32 bits, and a threshold is a key:
+
+    bin of its magnitude, 17 bits | tie number, 15 bits     see `counter_hash.tie_number`
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,34 +30,22 @@ if TYPE_CHECKING:
 BIN_SHIFT = 14
 """Bits of a float32 pattern below the bins: 9 of the 23 bits of the mantissa are left."""
 NUM_BINS = 1 << (31 - BIN_SHIFT)
+TIES = 1 << (BIN_SHIFT + 1)
+"""Number of different tie numbers."""
+LAST_KEY = NUM_BINS * TIES - 1
+"""The largest key."""
 
 
-class Cut(NamedTuple):  # as Band, cheaper to make than a dataclass: a candidate takes thousands
-    """One end of a band of magnitudes, compared with the bit pattern of an absolute float32 value.
-
-    Attributes:
-        inside: Bound for elements whose hash is at most `last`.
-        outside: Bound for the others.
-        last: Largest hash value for which `inside` counts.
-    """
-
-    inside: int
-    outside: int
-    last: int
-
-
-class Band(NamedTuple):
-    """A range of magnitudes to keep: low <= |δ| < high.
+class Band(NamedTuple):  # cheaper to make than a dataclass: a candidate takes thousands
+    """A range of magnitudes to keep, those of the elements with lowest <= key <= highest.
 
     Attributes:
-        low: Its lower end.
-        high: Its upper end, or None when nothing is too large.
-        rescale: L1 norm before over L1 norm after; 1 when either is next to nothing.
+        lowest: Smallest key, an int of 32 bits.
+        highest: Largest key, at least `lowest`.
     """
 
-    low: Cut
-    high: Cut | None
-    rescale: float
+    lowest: int
+    highest: int = LAST_KEY
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +107,15 @@ class Histogram:
         """The table's rows; numbers are taken out of these in half the time, a candidate takes thousands."""
         return [memoryview(row) for row in np.ascontiguousarray(self.table)]
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         """Number of elements of the task vector."""
-        return int(self._rows[1][-1]) if self.table.shape[1] else 0
+        return int(self.table[1, -1]) if self.table.shape[1] else 0
 
-    @property
+    @cached_property
     def norm(self) -> float:
         """Its L1 norm."""
-        return float(self._rows[2][-1]) if self.table.shape[1] else 0.0
+        return float(self.table[2, -1]) if self.table.shape[1] else 0.0
 
     def largest(self, count: int) -> Band:
         """The band of the `count` largest elements, at least 1 and at most all."""
@@ -135,36 +128,33 @@ class Histogram:
             first: Number of smallest elements to leave out.
             end: Number of elements up to the largest one kept, above `first`.
         """
-        bins, ends, sums = self._rows
-        low, high = bisect_right(ends, first), bisect_left(ends, end)
-        before_low = ends[low - 1] if low else 0.0
-        share_low = (min(ends[low], end) - first) / (ends[low] - before_low)
-        share_high = 1.0
-        if high > low:
-            before_high = ends[high - 1]
-            share_high = (end - before_high) / (ends[high] - before_high)
-        # The norm inside, the bins at the boundaries in proportion.
-        norm = sums[-1]
-        after = share_low * (sums[low] - (sums[low - 1] if low else 0.0))
-        if high > low:
-            after += sums[high] - sums[low] - (1 - share_high) * (sums[high] - sums[high - 1])
-        known = norm >= TINY_NORM and after >= TINY_NORM
-        return Band(
-            low=_cut(bins[low], share_low, inside=0),
-            high=None if end == ends[-1] else _cut(bins[high], share_high, inside=1),
-            rescale=norm / after if known else 1.0,
-        )
+        if not math.isfinite(self.norm):
+            return Band(lowest=0)  # NaN and infinity do not vanish: they mean that a source is damaged
+        lowest = self._key(first)
+        if end == self.num_elements:
+            return Band(lowest)
+        return Band(lowest, max(lowest, self._key(end) - 1))
 
+    def rescale(self, first: int, end: int) -> float:
+        """L1 norm over that of the band of these ranks; 1 when either is next to nothing or not finite."""
+        after = self._norm_below(end) - self._norm_below(first)
+        known = TINY_NORM <= after <= self.norm < math.inf
+        return self.norm / after if known else 1.0
 
-def _cut(number: float, share: float, *, inside: int) -> Cut:
-    """The cut that keeps a share of a bin: its bounds are the bin's start (0) and end (1)."""
-    start = int(number) << BIN_SHIFT
-    end = start + (1 << BIN_SHIFT)
-    kept = round(share * 2**32)
-    if 0 < kept < 2**32:
-        return Cut(end, start, kept - 1) if inside else Cut(start, end, kept - 1)
-    bound = end if bool(kept) == bool(inside) else start
-    return Cut(bound, bound, 0)
+    def _key(self, rank: int) -> int:
+        """The key that `rank` elements, fewer than all, lie below."""
+        bins, ends, _ = self._rows
+        place = bisect_right(ends, rank)
+        start = ends[place - 1] if place else 0.0
+        below = round((rank - start) / (ends[place] - start) * TIES)
+        return int(bins[place]) * TIES + min(TIES - 1, below)
+
+    def _norm_below(self, rank: int) -> float:
+        """L1 norm of the `rank` smallest elements, those of one bin taken to be equal."""
+        _, ends, sums = self._rows
+        place = bisect_left(ends, rank)
+        start, norm = (ends[place - 1], sums[place - 1]) if place else (0.0, 0.0)
+        return float(norm + (rank - start) / (ends[place] - start) * (sums[place] - norm))
 
 
 TINY_NORM = 1e-7

@@ -14,6 +14,8 @@ from evomerge.merge.methods import Method, Parameter, Scope
 from evomerge.recipe import InputSlice, OutputSlice, Parameters, Recipe, evaluate
 
 Values = Mapping[str, bool | int | float | None]
+TensorValues = tuple[Values, tuple[Values, ...]]
+"""Values of the parameters that all inputs share, and of every input's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +49,49 @@ class ParameterValues:
         self._method = method
         self._outer = outer
         # Planning asks for every tensor, and most settings are the same for all tensors of a slice.
-        self._known: dict[tuple[int, int | None, int | None], _Settings] = {}
+        self._known: dict[tuple[int, int | None], tuple[list[_Settings], TensorValues | None]] = {}
 
     def of(
-        self, piece: OutputSlice, index: int | None, tensor_name: str, *, base: int | None, depth: float
-    ) -> Values:
-        """Values for one tensor.
+        self,
+        piece: OutputSlice,
+        name: str,
+        inputs: Sequence[tuple[str, str]],
+        *,
+        base: int | None,
+        depth: float,
+    ) -> TensorValues:
+        """Values for one tensor: of the parameters that all inputs share, and of every input's own.
 
         Args:
             piece: The slice of the merged model.
-            index: Position of the input among its sources, or None for the parameters that all share.
-            tensor_name: Name of the tensor that filters are compared with.
+            name: Name of the tensor there, that filters of shared parameters are compared with.
+            inputs: (model, tensor name) per source of the slice; filters of its own parameters are compared with it.
             base: Position of the base model, or None.
             depth: Position of the tensor's layer in the slice, from 0 to 1.
 
         Raises:
             ConfigurationError: A required parameter has no value for the tensor, or one that does not suit it.
         """
-        key = (id(piece), base, index)
-        settings = self._known.get(key)
-        if settings is None:
-            settings = self._known[key] = self._settings(piece, index, base)
+        key = (id(piece), base)
+        if key not in self._known:
+            self._known[key] = self._of_slice(piece, len(inputs), base)
+        settings, fixed = self._known[key]
+        if fixed is not None:
+            return fixed
+        names = [name, *(tensor for _, tensor in inputs)]
+        shared, *values = [self._of(*item, depth) for item in zip(settings, names, strict=True)]
+        return shared, tuple(values)
+
+    def _of_slice(
+        self, piece: OutputSlice, num_inputs: int, base: int | None
+    ) -> tuple[list[_Settings], TensorValues | None]:
+        """Settings of the shared parameters, then of every input's; and their values if all tensors have the same."""
+        settings = [self._settings(piece, index, base) for index in (None, *range(num_inputs))]
+        fixed = [item.fixed for item in settings if item.fixed is not None]
+        same = len(fixed) == len(settings)
+        return settings, (fixed[0], tuple(fixed[1:])) if same else None
+
+    def _of(self, settings: _Settings, tensor_name: str, depth: float) -> Values:
         if settings.fixed is not None:
             return settings.fixed
         return {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from evomerge.checkpoints.architecture import TensorRole, before_layers, layer_name
@@ -111,6 +112,12 @@ class _Place:
     depth: float
     layers: tuple[int | None, ...]
     out_layer: int | None
+
+    @cached_property
+    def base(self) -> int | None:
+        """Position of the base among the sources."""
+        models = [source.model for source in self.piece.sources]
+        return models.index(self.piece.base_model) if self.piece.base_model in models else None
 
 
 def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePlan:
@@ -217,9 +224,10 @@ class _Planner:
                 self.missing(missing, lacks=sources[index].model, has=sources[0].model)
             for missing in sorted(roles[index].keys() - roles[0].keys()):
                 self.missing(missing, lacks=sources[0].model, has=sources[index].model)
+        common = set(roles[0]).intersection(*roles[1:])
         for template in roles[0]:
-            if all(template in others for others in roles[1:]):
-                plan = self.tensor(place, template)
+            if template in common:
+                plan = self.tensor(place, template, [others[template] for others in roles])
                 if plan is not None:
                     yield plan
 
@@ -231,13 +239,11 @@ class _Planner:
         if fault not in self.faults:
             self.faults.append(fault)
 
-    def tensor(self, place: _Place, template: str) -> TensorPlan | None:
-        piece = place.piece
-        inputs = tuple(
-            (source.model, self.roles_at(place, index)[template].name)
-            for index, source in enumerate(piece.sources)
-        )
-        own_name = self.names.get(template, self.roles_at(place, 0)[template].template)
+    def tensor(self, place: _Place, template: str, roles: Sequence[TensorRole]) -> TensorPlan | None:
+        """Plan one tensor, given its role in every source."""
+        sources, base = place.piece.sources, place.base
+        inputs = tuple((source.model, role.name) for source, role in zip(sources, roles, strict=True))
+        own_name = self.names.get(template, roles[0].template)
         name = own_name if place.out_layer is None else layer_name(own_name, place.out_layer)
         infos = [self.checkpoints[model].tensors[tensor] for model, tensor in inputs]
         if len({info.shape for info in infos}) > 1:
@@ -246,10 +252,9 @@ class _Planner:
             )
             self.faults.append(Fault(path=name, reason=f"the models differ in its shape: {found}"))
             return None
-        models = [model for model, _ in inputs]
-        base = models.index(piece.base_model) if piece.base_model in models else None
-        is_float = all(info.dtype in TORCH_DTYPES for info in infos)
+        is_float = {info.dtype for info in infos} <= TORCH_DTYPES.keys()
         native = TORCH_DTYPES.get(infos[base or 0].dtype)
+        shared, values = self.parameters.of(place.piece, name, inputs, base=base, depth=place.depth)
         return TensorPlan(
             name=name,
             shape=infos[0].shape,
@@ -257,11 +262,8 @@ class _Planner:
             inputs=inputs,
             base=base,
             method=self.method,
-            shared=self.parameters.of(piece, None, name, base=base, depth=place.depth),
-            values=tuple(
-                self.parameters.of(piece, index, tensor, base=base, depth=place.depth)
-                for index, (_, tensor) in enumerate(inputs)
-            ),
+            shared=shared,
+            values=values,
             seed=self.recipe.evomerge.seed,
             rescale=self.rescales.get(name),
         )

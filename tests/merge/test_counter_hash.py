@@ -11,18 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from evomerge.merge.counter_hash import hash_element, hash_elements, keep_mask, keys, threshold
+from evomerge.merge.counter_hash import (
+    hash_element,
+    hash_elements,
+    keep_mask,
+    keys,
+    threshold,
+    tie_number,
+    tie_numbers,
+)
 
 VECTORS = [
-    # seed, tensor name, source, element, hash
-    (0, "model.embed_tokens.weight", 0, 0, 1308662821),
-    (0, "model.embed_tokens.weight", 0, 1, 4070843333),
-    (0, "model.layers.0.mlp.up_proj.weight", 0, 12345, 3224551080),
-    (0, "model.layers.0.mlp.up_proj.weight", 1, 12345, 1298023856),
-    (1, "model.layers.0.mlp.up_proj.weight", 1, 12345, 3531472882),
-    (9223372036854775807, "lm_head.weight", 2, 4294967295, 4245641399),
-    (7, "lm_head.weight", 2, 4294967296, 2914504329),
-    (7, "lm_head.weight", 2, 1099511627779, 3916643885),
+    # seed, tensor name, source, element, hash, tie number
+    (0, "model.embed_tokens.weight", 0, 0, 1308662821, 26175),
+    (0, "model.embed_tokens.weight", 0, 1, 4070843333, 19577),
+    (0, "model.layers.0.mlp.up_proj.weight", 0, 12345, 3224551080, 32688),
+    (0, "model.layers.0.mlp.up_proj.weight", 1, 12345, 1298023856, 32767),
+    (1, "model.layers.0.mlp.up_proj.weight", 1, 12345, 3531472882, 22416),
+    (9223372036854775807, "lm_head.weight", 2, 4294967295, 4245641399, 19131),
+    (7, "lm_head.weight", 2, 4294967296, 2914504329, 29716),
+    (7, "lm_head.weight", 2, 1099511627779, 3916643885, 7598),
 ]
 COUNT = 1 << 18
 
@@ -31,24 +39,39 @@ def hashes(seed: int = 0, name: str = "model.layers.0.mlp.up_proj.weight", sourc
     return hash_elements(torch.arange(COUNT), *keys(seed, name, source))
 
 
+def ties(seed: int = 0, name: str = "model.layers.0.mlp.up_proj.weight", source: int = 0) -> torch.Tensor:
+    return tie_numbers(torch.arange(COUNT), *keys(seed, name, source))
+
+
+def unlikeliness(numbers: torch.Tensor, kinds: int = 256) -> float:
+    """How many standard deviations chi-square lies above its mean, if the numbers are uniform on 0 .. kinds - 1."""
+    counts = torch.bincount(numbers, minlength=kinds).double()
+    expected = len(numbers) / kinds
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    return (chi_square - (kinds - 1)) / math.sqrt(2 * (kinds - 1))
+
+
 def mask(
     probability: float, *, count: int = COUNT, seed: int = 0, name: str = "w", source: int = 0
 ) -> torch.Tensor:
     return keep_mask(count, probability, seed=seed, tensor_name=name, source=source)
 
 
-@pytest.mark.parametrize(("seed", "name", "source", "element", "expected"), VECTORS)
+@pytest.mark.parametrize(("seed", "name", "source", "element", "expected", "tie"), VECTORS)
 def test_hashes_are_those_of_the_documentation(
-    seed: int, name: str, source: int, element: int, expected: int
+    seed: int, name: str, source: int, element: int, expected: int, tie: int
 ) -> None:
-    assert hash_element(element, *keys(seed, name, source)) == expected
-    assert hash_elements(torch.tensor([element]), *keys(seed, name, source)).item() == expected
+    both_keys = keys(seed, name, source)
+    assert hash_element(element, *both_keys) == expected
+    assert hash_elements(torch.tensor([element]), *both_keys).item() == expected
+    assert tie_number(element, *both_keys) == tie
+    assert tie_numbers(torch.tensor([element]), *both_keys).item() == tie
 
 
 def test_the_documentation_lists_the_same_vectors() -> None:
     text = (Path(__file__).parents[2] / "docs" / "counter_hash.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
-    assert [(int(a), b, int(c), int(d), int(e)) for a, b, c, d, e in rows] == VECTORS
+    rows = re.findall(r"^\| (\d+) \| `(.+?)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    assert [(int(a), b, *map(int, rest)) for a, b, *rest in rows] == VECTORS
 
 
 def test_the_tensor_version_is_the_scalar_definition() -> None:
@@ -60,6 +83,7 @@ def test_the_tensor_version_is_the_scalar_definition() -> None:
         before = torch.tensor(elements)
         found = hash_elements(before, k0, k1)
         assert found.tolist() == [hash_element(element, k0, k1) for element in elements]
+        assert tie_numbers(before, k0, k1).tolist() == [tie_number(element, k0, k1) for element in elements]
         assert before.tolist() == elements
         assert int(found.min()) >= 0
         assert int(found.max()) < 2**32
@@ -73,35 +97,35 @@ def test_the_share_kept_is_the_probability(probability: float) -> None:
         assert abs(kept - COUNT * probability) < 4 * deviation
 
 
-def test_hashes_are_uniform() -> None:
-    counts = torch.bincount(hashes() >> 24, minlength=256).double()
-    expected = COUNT / 256
-    chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)
-    low = torch.bincount(hashes() & 255, minlength=256).double()
-    assert abs(float(((low - expected) ** 2 / expected).sum()) - 255) < 5 * math.sqrt(2 * 255)
+def test_hashes_and_tie_numbers_are_uniform() -> None:
+    for numbers in (hashes() >> 24, hashes() & 255, ties() >> 7, ties() & 255):
+        assert abs(unlikeliness(numbers)) < 5
+        assert abs(unlikeliness(numbers[::2])) < 5
+        assert abs(unlikeliness(numbers[1::2])) < 5
+    assert int(ties().min()) >= 0
+    assert int(ties().max()) < 2**15
 
 
 @pytest.mark.parametrize(
     "other",
-    [{"source": 1}, {"seed": 1}, {"name": "model.layers.1.mlp.up_proj.weight"}],
-    ids=["source", "seed", "tensor"],
+    [{"source": 1}, {"source": 2}, {"seed": 1}, {"name": "model.layers.1.mlp.up_proj.weight"}],
+    ids=["source", "other source", "seed", "tensor"],
 )
-def test_masks_of_other_sources_seeds_and_tensors_are_independent(other: dict[str, int]) -> None:
+def test_other_sources_seeds_and_tensors_are_independent(other: dict[str, int]) -> None:
     """The joint table of the two hashes' high nibbles is that of independent uniform numbers."""
     joint = (hashes() >> 28) * 16 + (hashes(**other) >> 28)  # type: ignore[arg-type]
-    counts = torch.bincount(joint, minlength=256).double()
-    expected = COUNT / 256
-    chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)
+    assert abs(unlikeliness(joint)) < 5
+    joint = (ties() >> 11) * 16 + (ties(**other) >> 11)  # type: ignore[arg-type]
+    assert unlikeliness(joint) < 5
+    assert unlikeliness(joint[::2]) < 5
 
 
 def test_neighbouring_elements_are_independent() -> None:
-    for step in (1, 2, 64, 1024):
-        a, b = hashes()[:-step] >> 28, hashes()[step:] >> 28
-        counts = torch.bincount(a * 16 + b, minlength=256).double()
-        expected = len(a) / 256
-        assert float(((counts - expected) ** 2 / expected).sum()) < 255 + 5 * math.sqrt(2 * 255)
+    for step in (1, 2, 3, 64, 1024):
+        assert unlikeliness((hashes()[:-step] >> 28) * 16 + (hashes()[step:] >> 28)) < 5
+        joint = (ties()[:-step] >> 11) * 16 + (ties()[step:] >> 11)
+        assert unlikeliness(joint) < 5
+        assert unlikeliness(joint[::2]) < 5  # those that share a hash, for a step of 1
 
 
 def test_masks_are_nested_in_the_probability() -> None:

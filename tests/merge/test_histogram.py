@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evomerge.merge.counter_hash import hash_elements, keys
-from evomerge.merge.histogram import BIN_SHIFT, NUM_BINS, Band, Cut, Histogram
+from evomerge.merge.counter_hash import keys, tie_numbers
+from evomerge.merge.histogram import BIN_SHIFT, LAST_KEY, NUM_BINS, TIES, Band, Histogram
 
 
 def normal(count: int, seed: int = 0) -> Tensor:
@@ -59,23 +59,18 @@ def bits_of(delta: Tensor) -> NDArray[np.int64]:
 
 
 def chances(band: Band, delta: Tensor) -> NDArray[np.float64]:
-    """Chance of every element to lie in the band, over the hash."""
-    bits = bits_of(delta)
-
-    def reaches(cut: Cut) -> NDArray[np.float64]:
-        share = (cut.last + 1) / 2**32
-        return share * (bits >= cut.inside) + (1 - share) * (bits >= cut.outside)
-
-    below = 1.0 if band.high is None else 1 - reaches(band.high)
-    return reaches(band.low) * below
+    """Chance of every element to lie in the band, over its tie number."""
+    start = (bits_of(delta) >> BIN_SHIFT) * TIES
+    inside = np.minimum(start + TIES, band.highest + 1) - np.maximum(start, band.lowest)
+    return np.maximum(0, inside) / TIES
 
 
 def check_band(delta: Tensor, first: int, end: int) -> None:
     """The band holds the ranks from `first` to `end`, up to the bins at both ends, and as many in expectation."""
-    band = Histogram.of(delta).band(first, end)
-    kept = chances(band, delta)
+    histogram = Histogram.of(delta)
+    kept, rescale = chances(histogram.band(first, end), delta), histogram.rescale(first, end)
     count = len(kept)
-    assert kept.sum() == pytest.approx(end - first, abs=2 * count * 2.0**-32 + 1e-9)
+    assert kept.sum() == pytest.approx(end - first, abs=2 * count / TIES)
     order = np.argsort(bits_of(delta), kind="stable")
     places = bits_of(delta)[order] >> BIN_SHIFT
     inside = (places > places[first]) & (places < places[end - 1])
@@ -84,11 +79,12 @@ def check_band(delta: Tensor, first: int, end: int) -> None:
     np.testing.assert_array_equal(kept[order][outside], 0.0)
     after = math.fsum(kept * delta.flatten().abs().double().numpy())
     norm = math.fsum(magnitudes(delta))
-    # Next to the bound either answer will do: sums are rounded.
+    # Next to the bound either answer will do: sums are rounded, and shares of a bin more so.
     if after > 2e-7:
-        assert band.rescale == pytest.approx(norm / after, rel=1e-6)
+        coarse = 2 * count / TIES * float(magnitudes(delta)[end - 1])
+        assert norm / rescale == pytest.approx(after, rel=1e-6, abs=coarse)
     elif after < 5e-8:
-        assert band.rescale == 1.0
+        assert rescale == 1.0
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -133,11 +129,9 @@ def test_the_largest_are_those_that_sorting_finds(name: str, share: float) -> No
     count = max(1, int(share * delta.numel()))
     check_band(delta, delta.numel() - count, delta.numel())
     band = Histogram.of(delta).largest(count)
-    assert band.high is None
+    assert band.highest == LAST_KEY
     # The threshold lies in the bin of the smallest element kept.
-    place = int(np.sort(bits_of(delta))[-count]) >> BIN_SHIFT
-    assert {band.low.inside, band.low.outside} <= {place << BIN_SHIFT, (place + 1) << BIN_SHIFT}
-    assert band.low.inside <= band.low.outside
+    assert band.lowest // TIES == int(np.sort(bits_of(delta))[-count]) >> BIN_SHIFT
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -163,40 +157,46 @@ def test_any_band_of_any_tensor(values: list[float], data: st.DataObject) -> Non
 
 def test_the_whole_is_one_band() -> None:
     for delta in TENSORS.values():
-        band = Histogram.of(delta).band(0, delta.numel())
-        np.testing.assert_array_equal(chances(band, delta), 1.0)
-        assert band.rescale == 1.0
+        histogram, count = Histogram.of(delta), delta.numel()
+        np.testing.assert_array_equal(chances(histogram.band(0, count), delta), 1.0)
+        assert histogram.rescale(0, count) == 1.0
 
 
 @pytest.mark.parametrize("first", [0, 100, 1000])
 @pytest.mark.parametrize("kept", [400, 1000, 2500])
-def test_within_a_bin_the_hash_keeps_as_many_as_are_asked_for(first: int, kept: int) -> None:
+def test_within_a_bin_tie_numbers_keep_as_many_as_are_asked_for(first: int, kept: int) -> None:
     """All elements are of one magnitude, so both ends of the band fall into its bin."""
     count = 1 << 16
     band = Histogram.of(torch.ones(count)).band(16 * first, 16 * (first + kept))
-    hashes = hash_elements(torch.arange(count), *keys(0, "w", 1))
-    bits = int(bits_of(torch.ones(1))[0])
-
-    def reaches(cut: Cut) -> Tensor:
-        return bits >= torch.where(hashes <= cut.last, cut.inside, cut.outside)
-
-    assert band.high is not None
-    found = int((reaches(band.low) & ~reaches(band.high)).sum())
+    key = (int(bits_of(torch.ones(1))[0]) >> BIN_SHIFT) * TIES + tie_numbers(
+        torch.arange(count), *keys(0, "w", 1)
+    )
+    found = int(((band.lowest <= key) & (key <= band.highest)).sum())
     share = 16 * kept / count
     assert abs(found - 16 * kept) < 4 * math.sqrt(count * share * (1 - share))
 
 
 def test_rescaling_makes_up_for_the_norm_that_was_trimmed() -> None:
-    delta = torch.tensor([4.0, -3.0, 2.0, 1.0])
-    assert Histogram.of(delta).largest(2).rescale == pytest.approx(10 / 7)
-    assert Histogram.of(delta).band(1, 3).rescale == pytest.approx(10 / 5)
+    histogram = Histogram.of(torch.tensor([4.0, -3.0, 2.0, 1.0]))
+    assert histogram.rescale(2, 4) == pytest.approx(10 / 7)
+    assert histogram.rescale(1, 3) == pytest.approx(10 / 5)
 
 
-def test_next_to_nothing_is_not_rescaled() -> None:
-    assert Histogram.of(torch.zeros(4)).largest(1).rescale == 1.0
-    assert Histogram.of(torch.tensor([5e-9, 1e-8, 2e-8])).largest(1).rescale == 1.0
-    assert Histogram.of(torch.tensor([1.0, 0.0, 0.0])).band(0, 1).rescale == 1.0
-    assert Histogram.of(torch.tensor([5e-6, 1e-6])).largest(1).rescale == pytest.approx(6 / 5)
+@pytest.mark.parametrize(
+    ("values", "ranks", "expected"),
+    [
+        ([0.0] * 4, (3, 4), 1.0),
+        ([5e-9, 1e-8, 2e-8], (2, 3), 1.0),
+        ([1.0, 0.0, 0.0], (0, 1), 1.0),
+        ([5e-6, 1e-6], (1, 2), 6 / 5),
+        ([1.0, math.inf], (0, 1), 1.0),
+        ([1.0, math.nan], (1, 2), 1.0),
+    ],
+)
+def test_next_to_nothing_and_what_is_not_finite_are_not_rescaled(
+    values: list[float], ranks: tuple[int, int], expected: float
+) -> None:
+    assert Histogram.of(torch.tensor(values)).rescale(*ranks) == pytest.approx(expected)
 
 
 NOT_FINITE = [math.nan, -math.nan, math.inf, -math.inf]
@@ -206,17 +206,15 @@ NOT_FINITE += [float(np.uint32(bits).view(np.float32)) for bits in (0x7FFFFFFF, 
 
 @pytest.mark.parametrize("bad", NOT_FINITE)
 @pytest.mark.parametrize("number", [1, 3, 10])
-def test_what_is_not_finite_is_largest_and_no_trouble(bad: float, number: int) -> None:
+def test_nothing_is_trimmed_from_what_is_not_finite(bad: float, number: int) -> None:
+    """So that the merged tensor shows it."""
     delta = normal(10)
     delta[:number] = bad
     histogram = Histogram.of(delta)
     assert histogram.num_elements == 10
     assert not math.isfinite(histogram.norm)
     for first, end in ((0, 1), (0, 9), (2, 4), (6, 8), (9, 10), (0, 10)):
-        kept = chances(histogram.band(first, end), delta)
-        assert kept.sum() == pytest.approx(end - first)
-        if end > 10 - number:
-            assert kept[:number].sum() > 0
+        np.testing.assert_array_equal(chances(histogram.band(first, end), delta), 1.0)
 
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7F804000, 0xFF800001, 0x7FFFFFFF, 0x7FC00000])
@@ -227,25 +225,22 @@ def test_any_pattern_of_nan_is_counted(bits: int) -> None:
         histogram.table[0], [0x3F800000 >> BIN_SHIFT, (bits & 0x7FFFFFFF) >> BIN_SHIFT]
     )
     np.testing.assert_array_equal(histogram.table[1], [1, 2])
-    assert histogram.largest(1).low.inside == histogram.table[0, 1] * 2**BIN_SHIFT
 
 
 @pytest.mark.parametrize("number", [1, 3, 7])
-def test_cuts_count_hash_values_from_0(number: int) -> None:
-    """The hash takes 2^32 values; k of n elements of a bin are those of the k / n smallest."""
-    band = Histogram.of(torch.ones(8)).largest(number)
-    assert band.low.last + 1 == number * 2**32 // 8
+def test_of_n_elements_of_a_bin_k_have_the_lowest_tie_numbers(number: int) -> None:
+    start = (0x3F800000 >> BIN_SHIFT) * TIES
     band = Histogram.of(torch.tensor([0.5, *[1.0] * 8, 2.0])).band(0, 1 + number)
-    assert band.high is not None
-    assert band.high.last + 1 == number * 2**32 // 8
-    assert band.high.inside > band.high.outside
+    assert band.highest + 1 == start + number * TIES // 8
+    band = Histogram.of(torch.ones(8)).largest(number)
+    assert band.lowest == start + (8 - number) * TIES // 8
 
 
-def test_a_share_of_a_bin_below_the_hash_keeps_nothing_of_it() -> None:
-    """As only tensors of more than 2^32 elements ask for."""
-    bins = np.array([100.0, 200.0])
-    histogram = Histogram(np.stack([bins, [2.0**34, 2.0**35], [1e9, 2e9]]))
-    band = histogram.band(2**34 - 1, 2**34 + 1)
-    assert (band.low.inside, band.low.outside) == (101 << BIN_SHIFT, 101 << BIN_SHIFT)
-    assert band.high is not None
-    assert (band.high.inside, band.high.outside) == (200 << BIN_SHIFT, 200 << BIN_SHIFT)
+def test_a_band_holds_at_least_one_key_of_the_bin_it_begins_in() -> None:
+    """Where a share of a large bin is smaller than one tie number."""
+    histogram = Histogram(np.stack([[100.0, 200.0], [2.0**34, 2.0**35], [1e9, 2e9]]))
+    last_of_first = 101 * TIES - 1
+    assert histogram.band(2**34 - 1, 2**34 + 1) == Band(last_of_first, 200 * TIES - 1)
+    assert histogram.band(2**34 - 1, 2**34) == Band(last_of_first, 200 * TIES - 1)
+    assert histogram.band(2**34, 2**34 + 1) == Band(200 * TIES, 200 * TIES)
+    assert histogram.largest(1) == Band(201 * TIES - 1)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evomerge.merge.counter_hash import keys
-from evomerge.merge.histogram import NUM_BINS, Band, Cut, Histogram
+from evomerge.merge.histogram import LAST_KEY, NUM_BINS, Band, Histogram
 from evomerge.merge.kernels import reference
 from evomerge.merge.kernels.reference import Elements, Operation
 from evomerge.merge.kernels.threads import num_threads, spread
@@ -58,33 +58,81 @@ def run_part(operation: Operation, elements: Elements[NDArray[Any]], out: NDArra
 
 def prepared(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Callable[[], bool]:
     """What does as `run_part` when it is called; nothing is left to Python then but to call loops."""
-    count, limit = elements.count, _OVERFLOW[out.itemsize]
-    if elements.first % 2**32 + count <= 2**32:
-        loop = _loop(operation, elements, out)
+    limit = _OVERFLOW[out.itemsize]
+    loops = list(_loops(operation, elements, out))
+    if len(loops) == 1:
+        (loop,) = loops
         return lambda: bool(loop() < limit)
-    parts = _below_2_32(elements.first, count)
-    loops = [_loop(operation, elements.part(*part), out[slice(*part)]) for part in parts]
-    return lambda: all(loop() < limit for loop in loops)
+    return lambda: max([loop() for loop in loops], default=0) < limit
 
 
-def _loop(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Callable[[], int]:
-    """For a run that crosses no multiple of 2^32; gives the largest bit pattern of an absolute result."""
+Loop = Callable[[], int]
+"""Computes a run of elements; gives the largest bit pattern of an absolute result, which tells what is not finite."""
+
+
+def _loops(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Iterator[Loop]:
+    """The loops for runs that cross no multiple of 2^32, as kernels count in 32 bits."""
+    first, count = elements.first, elements.count
+    if first % 2**32 + count > 2**32:
+        cuts = [0, *range(2**32 - first % 2**32, count, 2**32), count]
+        for start, end in itertools.pairwise(cuts):
+            yield from _loops(operation, elements.part(start, end), out[start:end])
+    elif isinstance(operation, Combination) and operation.axis is not Axis.WHOLE:
+        yield _combine_along(operation, elements, out)
+    elif out.dtype == elements.tensors[0].dtype == np.uint16:
+        yield from _loops_of_pairs(operation, elements, out)
+    else:
+        yield _loop(operation, elements, out)
+
+
+def _loop(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:
     if isinstance(operation, TaskVectorSum):
         return _sum_task_vectors(operation, elements, out)
-    if operation.axis is Axis.WHOLE:
-        return _combine(operation, elements, out)
-    return _combine_along(operation, elements, out)
+    return _combine(operation, elements, out)
 
 
-def _below_2_32(first: int, count: int) -> list[tuple[int, int]]:
-    """Cut a run where the upper half of positions changes: kernels count in 32 bits."""
-    cuts = [0, *range(2**32 - first % 2**32, count, 2**32), count]
-    return list(itertools.pairwise(cuts))
+def _loops_of_pairs(
+    operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]
+) -> Iterator[Loop]:
+    """A loop for the pairs from even positions, and one for what is left over at an end."""
+    start, end = elements.first % 2, elements.count
+    end -= (end - start) % 2
+    if end - start == elements.count:
+        yield _loop(operation, _as_pairs(elements), out.view(np.uint32))
+    elif start < end:
+        yield _loop(operation, _as_pairs(elements.part(start, end)), out[start:end].view(np.uint32))
+    if start:
+        yield _single(operation, elements.part(0, 1), out[:1])
+    if end < elements.count:
+        yield _single(operation, elements.part(end, end + 1), out[end:])
 
 
-def _sum_task_vectors(
-    stated: TaskVectorSum, elements: Elements[NDArray[Any]], out: NDArray[Any]
-) -> Callable[[], int]:
+def _as_pairs(elements: Elements[NDArray[Any]]) -> Elements[NDArray[Any]]:
+    return elements.each(lambda line: line.view(np.uint32))
+
+
+def _single(operation: Operation, element: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:
+    """For one element, as half of a pair that is nowhere else."""
+    half = element.first % 2
+
+    def in_pair(line: NDArray[Any]) -> NDArray[Any]:
+        pair = np.zeros(2, np.uint16)
+        pair[half] = line[0]
+        return pair
+
+    written = np.zeros(2, np.uint16)
+    pair = element.each(in_pair, first=element.first - half)
+    loop = _loop(operation, _as_pairs(pair), written.view(np.uint32))
+
+    def computed() -> int:
+        largest = loop()
+        out[0] = written[half]
+        return largest
+
+    return computed
+
+
+def _sum_task_vectors(stated: TaskVectorSum, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:
     from evomerge.merge.kernels import cpu_loops
 
     assert elements.base is not None
@@ -100,10 +148,16 @@ def _sum_task_vectors(
     factors = tuple(term.factor for term in terms)
     place = (float(stated.scale), *first_key(elements, elements.first))
     if not stated.elect:
-        divisor = float(stated.divisor)
-        return partial(cpu_loops.add_terms, out, base, sources, ranked, c, factors, divisor, *place)
+        return partial(
+            cpu_loops.add_terms, out, base, sources, ranked, c, factors, _divisor(stated.divisor), *place
+        )
     weights = tuple(float(term.weight) for term in terms) if stated.normalize else None
     return partial(cpu_loops.elect_terms, out, base, sources, ranked, c, factors, weights, *place)
+
+
+def _divisor(number: float) -> float | None:
+    """What loops divide by: nothing, in half the time, where it would change nothing."""
+    return None if number == 1 else float(number)
 
 
 def first_key(elements: Elements[Line], first: int) -> tuple[np.uint32, np.uint32]:
@@ -112,8 +166,11 @@ def first_key(elements: Elements[Line], first: int) -> tuple[np.uint32, np.uint3
     return np.uint32(k0 ^ ((first >> 32) * 0x9E3779B9 & 0xFFFFFFFF)), np.uint32(first % 2**32)
 
 
-def constants(terms: Sequence[Term], *, seed: int, name: str) -> tuple[tuple[np.uint32, ...], ...]:
-    """What the kernels need to know of what each term keeps, all of one kind, told by its length.
+def constants(terms: Sequence[Term], *, seed: int, name: str) -> tuple[tuple[int, ...], ...]:
+    """What the kernels need to know of what each term keeps, all of one kind.
+
+    The kind is told by the number of constants, filled up with zeros; the last is the source's key of the hash.
+    All are below 2^32.
 
     Args:
         terms: The terms of one sum.
@@ -122,55 +179,47 @@ def constants(terms: Sequence[Term], *, seed: int, name: str) -> tuple[tuple[np.
     """
     kinds = {type(term.keep) for term in terms}
     if kinds == {type(None)}:
-        return ((np.uint32(0),),) * len(terms)
-    limited = any(isinstance(term.keep, Band) and term.keep.high is not None for term in terms)
+        return ((0,),) * len(terms)
+    limited = any(isinstance(term.keep, Band) and term.keep.highest != LAST_KEY for term in terms)
     result = []
     for term in terms:
         keep = term.keep
-        _, k1 = keys(seed, name, term.source)
         values: tuple[int, ...]
         if Band in kinds:
-            low, high = (keep.low, keep.high) if isinstance(keep, Band) else (_NO_CUT, None)
-            values = (*low, *(high or _NO_LIMIT), k1) if limited else (*low, k1)
+            lowest, highest = (keep.lowest, keep.highest) if isinstance(keep, Band) else (0, LAST_KEY)
+            values = (lowest, highest - lowest, 0) if limited else (lowest, 0)
         elif Ranked in kinds:
-            lowest, step = ranked_line(keep) if isinstance(keep, Ranked) else (1.0, 0.0)
+            chance, step = ranked_line(keep) if isinstance(keep, Ranked) else (1.0, 0.0)
             rescaled = isinstance(keep, Ranked) and keep.rescale
-            values = (_bits(lowest), _bits(step), int(rescaled), k1, 0)
+            values = (_bits(chance), _bits(step), int(rescaled), 0)
         else:
-            values = (max(0, keep.last) if isinstance(keep, Random) else 2**32 - 1, k1)
-        result.append(tuple(map(np.uint32, values)))
+            values = (max(0, keep.last) if isinstance(keep, Random) else 2**32 - 1,)
+        _, k1 = keys(seed, name, term.source)
+        result.append((*values, k1))
     return tuple(result)
-
-
-_NO_CUT = Cut(inside=0, outside=0, last=0)
-_NO_LIMIT = Cut(inside=1 << 31, outside=1 << 31, last=0)
 
 
 def _bits(number: float) -> int:
     return int(np.float32(number).view(np.uint32))
 
 
-def _combine(
-    operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]
-) -> Callable[[], int]:
+def _combine(operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:
     from evomerge.merge.kernels import cpu_loops
 
     c: tuple[float, ...] = tuple(operation.coefficients.tolist())
-    divisor, tensors = float(operation.divisor), elements.tensors
+    divisor, tensors = _divisor(operation.divisor), elements.tensors
     if not operation.around_base:
         return partial(cpu_loops.combine, out, tuple(tensors), c, divisor)
     assert elements.base is not None
     others = [index for index in range(len(tensors)) if index != elements.base]
     sources, factors = tuple(tensors[i] for i in others), tuple(c[i] for i in others)
-    every = ((np.uint32(0),),) * len(others)
+    every = ((0,),) * len(others)
     place = (1.0, np.uint32(0), np.uint32(0))
     base = tensors[elements.base]
     return partial(cpu_loops.add_terms, out, base, sources, None, every, factors, divisor, *place)
 
 
-def _combine_along(
-    operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]
-) -> Callable[[], int]:
+def _combine_along(operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:
     """A coefficient per row or column."""
     from evomerge.merge.kernels import cpu_loops
 

@@ -13,7 +13,7 @@ would have kernels compiled anew:
     KEY                   first key of the counter hash
     FIRST                 position of the first element: modulo 2^32, or the whole of it in `combine`
     LENGTH                number of columns
-    TERMS ...             per term its constants (see `cpu.constants`), then its factor and weight, float32
+    TERMS ...             per term its constants (see `cpu_arrays.constants`), then its factor and weight, float32
                           patterns; in `combine` its coefficient
 
 Shapes: every tensor is flat, [E] elements, and shares them out to programs of BLOCK.
@@ -24,10 +24,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from evomerge.merge import histogram
+
 FLAG, LIMIT, DIVISOR, SCALE, KEY, FIRST, LENGTH, TERMS = (tl.constexpr(place) for place in range(8))
 
-ALL, RANDOM, LARGEST, RANKED, BAND = (tl.constexpr(number) for number in (1, 2, 4, 5, 7))
+ALL, RANDOM, LARGEST, BAND, RANKED = (tl.constexpr(number) for number in (1, 2, 3, 4, 5))
 """Number of a term's constants -> what is kept of its task vector; see `_kept`."""
+BIN_SHIFT, TIES = tl.constexpr(histogram.BIN_SHIFT), tl.constexpr(histogram.TIES)
 
 
 @triton.jit
@@ -67,21 +70,20 @@ def _mixed(position: tl.tensor, k0: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _hash(mixed: tl.tensor, k1: tl.tensor) -> tl.tensor:
-    """Its second half."""
-    x = (mixed ^ k1) * 0x846CA68B
-    return (x ^ (x >> 16)) * 0x9E3779B1
+def _stirred(mixed: tl.tensor, k1: tl.tensor) -> tl.tensor:
+    """The next step, in which a source's key comes in."""
+    return (mixed ^ k1) * 0x846CA68B
 
 
 @triton.jit
 def _kept(
-    delta: tl.tensor, mixed: tl.tensor, rank: tl.tensor, table: tl.tensor, c: tl.tensor, keep: tl.constexpr
+    delta: tl.tensor, position: tl.tensor, rank: tl.tensor, table: tl.tensor, c: tl.tensor, keep: tl.constexpr
 ) -> tl.tensor:
     """What is left of elements of a task vector.
 
     Args:
         delta: The elements, float32.
-        mixed: Hash of their places in the tensor, before a source's key comes in.
+        position: Their positions in the tensor, modulo 2^32.
         rank: Their ranks within their rows, for ranked terms.
         table: The table of numbers.
         c: Place of the term's constants in it.
@@ -89,20 +91,23 @@ def _kept(
     """
     if keep == ALL:
         return delta
+    k0, k1 = _number(table, KEY), _number(table, c + keep - 1)
+    if keep == LARGEST or keep == BAND:  # noqa: SIM109 - Triton knows no other way
+        x = _stirred(_mixed(position & 0xFFFFFFFE, k0), k1)
+        tie = tl.where((position & 1) != 0, x >> 17, (x ^ (x >> 17)) & (TIES - 1))
+        key = (_magnitude(delta) >> BIN_SHIFT) * TIES + tie
+        lowest = _number(table, c)
+        kept = key >= lowest if keep == LARGEST else key - lowest <= _number(table, c + 1)
+        return tl.where(kept, delta, 0.0)
+    x = _stirred(_mixed(position, k0), k1)
+    h = (x ^ (x >> 16)) * 0x9E3779B1
     dropped = delta * 0.0
-    h = _hash(mixed, _number(table, c + (3 if keep == RANKED else keep - 1)))
     if keep == RANDOM:
         kept = h <= _number(table, c)
-    elif keep == RANKED:
+    else:
         chance = _float(table, c) + rank.to(tl.float32) * _float(table, c + 1)
         kept = (h >> 8).to(tl.float32) * (2.0**-24) < chance
         delta = tl.div_rn(delta, tl.where(_number(table, c + 2) != 0, chance, 1.0))
-    else:
-        magnitude = _magnitude(delta)
-        kept = magnitude >= tl.where(h <= _number(table, c + 2), _number(table, c), _number(table, c + 1))
-        if keep == BAND:
-            inside, outside = _number(table, c + 3), _number(table, c + 4)
-            kept &= magnitude < tl.where(h <= _number(table, c + 5), inside, outside)
     return tl.where(kept, delta, dropped)
 
 
@@ -151,7 +156,7 @@ def add_terms(
     e = tl.program_id(0) * block + tl.arange(0, block)
     inside = e < count
     b = _loaded(base + e, inside)
-    mixed = _mixed(e.to(tl.uint32) + _number(table, FIRST), _number(table, KEY))
+    position = e.to(tl.uint32) + _number(table, FIRST)
     total = tl.zeros([block], tl.float32)
     # When electing, the sums of both signs are kept until it is known which one counts.
     above, above_weight = tl.zeros([block], tl.float32), tl.zeros([block], tl.float32)
@@ -160,24 +165,23 @@ def add_terms(
         c = TERMS + i * (keep + 2)
         delta = _loaded(sources[i] + e, inside) - b
         rank = e if ranks is None else tl.load(ranks[i] + e, mask=inside, other=0)
-        term = _kept(delta, mixed, rank, table, c, keep) * _float(table, c + keep)
+        term = _kept(delta, position, rank, table, c, keep) * _float(table, c + keep)
         total += term
         if elect:
-            above += tl.where(term > 0, term, 0.0)
-            below += tl.where(term < 0, term, 0.0)
+            # NaN, which has no sign, has its say.
+            above += tl.where(term <= 0, 0.0, term)
+            below += tl.where(term >= 0, 0.0, term)
         if normalize:
             weight = _float(table, c + keep + 1)
-            above_weight += tl.where(term > 0, weight, 0.0)
-            below_weight += tl.where(term < 0, weight, 0.0)
+            above_weight += tl.where(term <= 0, 0.0, weight)
+            below_weight += tl.where(term >= 0, 0.0, weight)
     divisor = _float(table, DIVISOR)
     if elect:
         positive = total >= 0
-        flaw = total - total
         total = tl.where(positive, above, below)
         if normalize:
             weight = tl.where(positive, above_weight, below_weight)
             total = tl.div_rn(total, tl.where(weight == 0, 1.0, weight))
-        total += flaw
     else:
         total = tl.div_rn(total, divisor)
     _store(out + e, total * _float(table, SCALE) + b, inside, table)

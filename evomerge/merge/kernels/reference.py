@@ -7,7 +7,7 @@ Combinations and sums of task vectors are carried out as their definitions read;
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 Line = TypeVar("Line", "Tensor", "NDArray[Any]")
 """Elements of one tensor, flat: in torch, or in the form that the loops for the CPU take; see `cpu_arrays`."""
 
+Other = TypeVar("Other", "Tensor", "NDArray[Any]")
+
 Operation = Combination | TaskVectorSum
 
 PIECE = 1 << 22
 """Elements that are worked on at once: temporaries take many times an element's size."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Elements(Generic[Line]):
     """A run of elements of one output tensor's inputs.
 
@@ -58,14 +60,18 @@ class Elements(Generic[Line]):
 
     def part(self, start: int, end: int) -> Elements[Line]:
         """The elements start <= e < end of the run."""
+        return self.each(lambda line: line[start:end], first=self.first + start)
+
+    def each(self, change: Callable[[Line], Other], *, first: int | None = None) -> Elements[Other]:
+        """The run with its tensors and ranks changed, and the position of its first element if that is given."""
         return Elements(
             name=self.name,
             seed=self.seed,
             shape=self.shape,
-            first=self.first + start,
-            tensors=[tensor[start:end] for tensor in self.tensors],
+            first=self.first if first is None else first,
+            tensors=[change(tensor) for tensor in self.tensors],
             base=self.base,
-            ranks={source: ranks[start:end] for source, ranks in self.ranks.items()},
+            ranks={source: change(ranks) for source, ranks in self.ranks.items()},
         )
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.merge.counter_hash import hash_element, keys
-from evomerge.merge.histogram import Band, Cut, Histogram
+from evomerge.merge.counter_hash import hash_element, keys, tie_number
+from evomerge.merge.histogram import BIN_SHIFT, TIES, Band, Histogram
 from evomerge.merge.kernels import gpu, reference
 from evomerge.merge.kernels.reference import Elements, Operation
 from evomerge.merge.methods.base import Axis, Combination
@@ -190,9 +190,9 @@ def edge_cases() -> dict[str, Case]:
             given = elements([base, other, other.flip(0)], base=0)
             name = f"zeros and tiny numbers of {dtype}, elected: {elect}"
             result[name] = Case(operation=operation, elements=given, dtype=dtype)
-    for kind, keep in keeps_at_hash(hash_element(700, *keys(5, "w", 1))).items():
+    tensors = family(1100, [F32], 2, 4)
+    for kind, keep in keeps_at_element(700, tensors[1] - tensors[0]).items():
         terms = (Term(source=1, weight=0.5, keep=keep),)
-        tensors = family(1100, [F32], 2, 4)
         ranks = {1: row_ranks(tensors[1] - tensors[0]).to(torch.uint16)} if kind == "ranked" else {}
         result[f"the hash of an element is the last that counts, {kind}"] = Case(
             operation=TaskVectorSum(terms=terms, elect=False, normalize=False, scale=1.0),
@@ -208,15 +208,18 @@ def edge_cases() -> dict[str, Case]:
     return result
 
 
-def keeps_at_hash(last: int) -> dict[str, Keep]:
-    """What is kept hangs on elements up to that hash, or to the uniform number it stands for."""
-    everything, nothing = (Cut(inside=bound, outside=bound, last=0) for bound in (1 << 31, 0))
-    chance = (last >> 8) * 2.0**-24
+def keeps_at_element(e: int, delta: Tensor) -> dict[str, Keep]:
+    """What is kept hangs on the hash of one element, the uniform number it stands for, or its key."""
+    both_keys = keys(5, "w", 1)
+    h = hash_element(e, *both_keys)
+    key = (int(delta[e].abs().view(torch.int32)) >> BIN_SHIFT) * TIES + tie_number(e, *both_keys)
+    chance = (h >> 8) * 2.0**-24
     return {
-        "random": Random(last=last),
-        "largest": Band(low=Cut(inside=0, outside=1 << 31, last=last), high=None, rescale=1.0),
-        "band": Band(low=nothing, high=Cut(inside=1 << 31, outside=0, last=last), rescale=1.0),
-        "band's low end": Band(low=Cut(inside=0, outside=1 << 31, last=last), high=everything, rescale=1.0),
+        "random": Random(last=h),
+        "largest": Band(key),
+        "smallest": Band(0, key),
+        "band": Band(key, key),
+        "beside": Band(key + 1, key + TIES),
         "ranked": Ranked(lowest=chance, highest=chance, rescale=True),
     }
 

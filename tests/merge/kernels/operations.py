@@ -74,12 +74,9 @@ def kept(kind: str, delta: Tensor, draw: random.Random) -> tuple[Keep, float]:
         density = min(0.9, max(0.1, density))
         return Ranked(lowest=density - 0.09, highest=density + 0.09, rescale=draw.random() < 0.5), 1.0
     number = max(1, int(density * count))
-    if kind == "largest":
-        band = Histogram.of(delta).largest(number)
-    else:
-        first = draw.randrange(count - number + 1)
-        band = Histogram.of(delta).band(first, first + number)
-    return band, draw.choice([1.0, band.rescale])
+    first = draw.randrange(count - number + 1) if kind == "band" else count - number
+    histogram = Histogram.of(delta)
+    return histogram.band(first, first + number), draw.choice([1.0, histogram.rescale(first, first + number)])
 
 
 WEIGHTS = [1.0, 0.7, -0.3, 0.0, 2.5, 1e-9, -1.0]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from evomerge.merge.bank import Bank
-from evomerge.merge.counter_hash import hash_element, keys
+from evomerge.merge.counter_hash import hash_element, keys, tie_number
 from evomerge.merge.execute import prepare_tensor
-from evomerge.merge.histogram import Band, Cut, Histogram
+from evomerge.merge.histogram import LAST_KEY, TIES, Band, Histogram
 from evomerge.merge.kernels import cpu, reference
 from evomerge.merge.methods import METHODS, Axis, BasePolicy, Combination, GramKind, MergeInputs, Scope
 from evomerge.merge.methods.combination import gram_matrices
@@ -174,8 +174,7 @@ def test_bands_with_and_without_an_upper_end_together(how: str) -> None:
     inputs = tensors(501, BF16, BF16, BF16)
     histograms = [Histogram.of(tensor.float() - inputs[0].float()) for tensor in inputs[1:]]
     open_band, closed = histograms[0].largest(200), histograms[1].band(100, 300)
-    assert open_band.high is None
-    assert closed.high is not None
+    assert open_band.highest == LAST_KEY > closed.highest
     terms = (Term(source=1, weight=1.0, keep=open_band), Term(source=2, weight=0.5, keep=closed))
     for order in (terms, terms[::-1]):
         stated = TaskVectorSum(terms=order, elect=elect, normalize=normalize, scale=1.0)
@@ -183,42 +182,41 @@ def test_bands_with_and_without_an_upper_end_together(how: str) -> None:
 
 
 def test_the_hash_value_at_the_bound_itself() -> None:
-    """Bounds that are the hash of an element of the run."""
+    """Bounds that are the hash or the key of an element of the run."""
     inputs = [torch.zeros(9), torch.ones(9), torch.ones(9)]
-    one = int(torch.ones(1).view(torch.int32))
-    for e in range(9):
-        h = hash_element(e, *keys(3, "layers.0.w", 1))
-        kept_until = Cut(inside=0, outside=one + 1, last=h)
-        dropped_until = Cut(inside=0, outside=one + 1, last=h)
-        no_end = Cut(inside=1 << 31, outside=1 << 31, last=0)
-        from_0 = Cut(inside=0, outside=0, last=0)
+    ones = (0x3F800000 >> 14) * TIES
+    for e, dtype in itertools.product(range(9), [F32, BF16]):
+        both_keys = keys(3, "layers.0.w", 1)
+        h, key = hash_element(e, *both_keys), ones + tie_number(e, *both_keys)
         chance = (h >> 8) / 2**24
         for keep, expected in (
             (Random(last=h), 1.0),
             (Random(last=h - 1), 0.0),
-            (Band(low=kept_until, high=None, rescale=1.0), 1.0),
-            (Band(low=kept_until, high=no_end, rescale=1.0), 1.0),
-            (Band(low=from_0, high=dropped_until, rescale=1.0), 0.0),
+            (Band(key), 1.0),
+            (Band(key + 1), 0.0),
+            (Band(key, key), 1.0),
+            (Band(key - 1, key - 1), 0.0),
+            (Band(0, key), 1.0),
+            (Band(0, key - 1), 0.0),
             (Ranked(lowest=chance, highest=chance, rescale=False), 0.0),
             (Ranked(lowest=chance + 2.0**-24, highest=chance + 2.0**-24, rescale=False), 1.0),
         ):
             terms = (Term(source=1, weight=1.0, keep=keep), Term(source=2, weight=0.0, keep=keep))
             stated = TaskVectorSum(terms=terms, elect=True, normalize=True, scale=1.0)
-            found = assert_agrees(cpu.run, stated, elements(inputs, stated=stated), F32)
-            assert found[e] == expected
+            given = elements([tensor.to(dtype) for tensor in inputs], stated=stated)
+            assert assert_agrees(cpu.run, stated, given, dtype)[e] == expected
 
 
-def test_bands_at_the_ends_of_all_magnitudes() -> None:
-    inputs = [torch.zeros(4, dtype=F32), torch.tensor([0.0, 1e-45, 1.0, 3.4e38]), torch.zeros(4)]
-    end = Cut(inside=1 << 31, outside=1 << 31, last=0)
-    start = Cut(inside=0, outside=0, last=0)
-    none = Cut(inside=1 << 31, outside=1 << 31, last=2**32 - 1)
-    for low, high in itertools.product([start, none], [start, end]):
-        keep = Band(low=low, high=high, rescale=1.0)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_bands_at_the_ends_of_all_magnitudes(dtype: torch.dtype) -> None:
+    values = torch.tensor([0.0, 1e-45 if dtype is F32 else 1e-40, 1.0, 3.3e38])
+    inputs = [tensor.to(dtype) for tensor in (torch.zeros(4), values, torch.zeros(4))]
+    for keep in (Band(0), Band(LAST_KEY), Band(0, 0), Band(0, LAST_KEY - 1)):
         terms = (Term(source=1, weight=1.0, keep=keep), Term(source=2, weight=1.0, keep=keep))
         stated = TaskVectorSum(terms=terms, elect=True, normalize=True, scale=1.0)
-        found = assert_agrees(cpu.run, stated, elements(inputs), F32)
-        assert bool((found == (inputs[1] if (low, high) == (start, end) else 0)).all())
+        found = assert_agrees(cpu.run, stated, elements(inputs), dtype)
+        everything = keep.lowest == 0 and keep.highest >= LAST_KEY - 1
+        assert bool((found == (inputs[1] if everything else 0)).all())
 
 
 # Combinations.
@@ -360,6 +358,19 @@ def test_only_the_run_itself_is_written() -> None:
     assert cpu.run(stated, elements(inputs), out[10:110])
     assert out[:10].eq(7).all()
     assert out[110:].eq(7).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "band"])
+def test_pairs_may_lie_anywhere_in_memory(kind: str) -> None:
+    """In a file, a tensor begins wherever the one before it ends: 2 bytes from a multiple of 4 as well."""
+    inputs = tensors(101, BF16, BF16, BF16)
+    stated = task_vector_sum(kind, inputs, elect=True, normalize=True, draw=random.Random(1))
+    expected = assert_agrees(cpu.run, stated, elements(inputs), BF16)
+    moved = [torch.cat([torch.zeros(1, dtype=BF16), tensor])[1:] for tensor in inputs]
+    out = torch.full((104,), 7.0, dtype=BF16)
+    assert cpu.run(stated, elements(moved), out[1:102])
+    assert bits(out[1:102]).equal(bits(expected))
+    assert out[[0, 102, 103]].eq(7).all()
 
 
 def test_an_output_with_gaps_is_written_in_place() -> None:

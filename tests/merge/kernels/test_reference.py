@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from evomerge.merge.counter_hash import hash_element, keys
-from evomerge.merge.histogram import Band, Cut
+from evomerge.merge.counter_hash import hash_element, keys, tie_number
+from evomerge.merge.histogram import Band
 from evomerge.merge.kernels import reference
 from evomerge.merge.kernels.reference import Elements
 from evomerge.merge.methods import Axis
@@ -33,9 +33,10 @@ def expected_sum(stated: TaskVectorSum, given: Elements) -> NDArray[np.float64]:
         terms = []
         for term in stated.terms:
             delta = float(given.tensors[term.source][e].float() - given.tensors[given.base][e].float())
-            h = hash_element(given.first + e, *keys(given.seed, given.name, term.source))
+            both_keys = keys(given.seed, given.name, term.source)
+            h, tie = hash_element(given.first + e, *both_keys), tie_number(given.first + e, *both_keys)
             rank = int(given.ranks[term.source][e]) if term.source in given.ranks else 0
-            terms.append((term.weight, term.weight * term.rescale * kept(delta, term.keep, h, rank)))
+            terms.append((term.weight, term.weight * term.rescale * kept(delta, term.keep, h, tie, rank)))
         total = sum(value for _, value in terms)
         divisor = sum(weight for weight, _ in terms) if stated.normalize else 1.0
         if stated.elect:
@@ -46,21 +47,15 @@ def expected_sum(stated: TaskVectorSum, given: Elements) -> NDArray[np.float64]:
     return merged
 
 
-def kept(delta: float, keep: Any, h: int, rank: int) -> float:
+def kept(delta: float, keep: Any, h: int, tie: int, rank: int) -> float:
     if isinstance(keep, Random):
         return delta if h <= keep.last else 0.0
     if isinstance(keep, Ranked):
         chance = keep.lowest + (keep.highest - keep.lowest) * rank / RANKS
         return (delta / chance if keep.rescale else delta) if h / 2**32 < chance else 0.0
     if isinstance(keep, Band):
-        pattern = int(np.abs(np.float32(delta)).view(np.uint32))
-
-        def bound(cut: Cut) -> int:
-            return cut.inside if h <= cut.last else cut.outside
-
-        return (
-            delta if bound(keep.low) <= pattern and not (keep.high and pattern >= bound(keep.high)) else 0.0
-        )
+        key = (int(np.abs(np.float32(delta)).view(np.uint32)) >> 14) * 2**15 + tie
+        return delta if keep.lowest <= key <= keep.highest else 0.0
     return delta
 
 
