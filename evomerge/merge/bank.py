@@ -99,6 +99,11 @@ class Bank:
         self._histograms: dict[tuple[Key, Key], Histogram] = {}
         self._ranks: dict[tuple[Key, Key], Tensor] = {}
 
+    @property
+    def num_computed(self) -> int:
+        """How many statistics were computed or read so far, rather than known."""
+        return self._store.num_loaded
+
     def tensor(self, key: Key) -> Tensor:
         """A source tensor on the bank's device, in the type it is stored in; never write to it."""
         known = self._resident.get(key)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from evomerge.errors import CheckpointError, Fault
 from evomerge.merge.bank import Bank, SourceLine, Statistics, TensorSource
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evomerge.merge.kernels.reference import Line, Operation
+
+Item = TypeVar("Item")
 
 PIECE = 1 << 16
 """Elements that an elementwise formula is given at once: its temporaries stay in the processor's cache."""
@@ -234,8 +236,24 @@ def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> Prepared
     if bank.device != "cpu":
         # One after the other: what is prepared may hold copies of its inputs that the bank has no room for.
         return _run([_Step(out.numel(), partial(_whole, plan, out, bank)) for plan, out in wanted])
-    steps = [step for plan, out in wanted for step in _steps(plan, out, bank)]
-    return next((flawed for flawed in spread(_run, _batches(steps)) if flawed is not None), None)
+    batches = _batches(_all_steps(list(wanted), bank), lambda step: step.size)
+    return next((flawed for flawed in spread(_run, batches) if flawed is not None), None)
+
+
+def _all_steps(wanted: Sequence[tuple[TensorPlan, Tensor]], bank: Bank) -> list[_Step]:
+    """Prepare all tensors; in several threads from the first one on whose statistics had to be computed.
+
+    Without that, threads would only get in each other's way: preparing is Python's work.
+    """
+    steps: list[_Step] = []
+    known, begun = bank.num_computed, 0
+    while begun < len(wanted) and bank.num_computed == known:
+        steps += _steps(*wanted[begun], bank)
+        begun += 1
+    groups = _batches(wanted[begun:], lambda item: item[1].numel())
+    for found in spread(lambda group: [step for item in group for step in _steps(*item, bank)], groups):
+        steps += found
+    return steps
 
 
 class _Step(NamedTuple):
@@ -281,16 +299,16 @@ def _run(steps: Sequence[_Step]) -> PreparedTensor | None:
     return next((flawed for step in steps if (flawed := step.work()) is not None), None)
 
 
-def _batches(steps: Sequence[_Step]) -> list[list[_Step]]:
+def _batches(items: Sequence[Item], size: Callable[[Item], int]) -> list[list[Item]]:
     """Many small tensors at once, as waking a thread takes as long as computing one."""
-    batches: list[list[_Step]] = []
+    batches: list[list[Item]] = []
     room = 0
-    for step in steps:
-        if not batches or step.size > room:
+    for item in items:
+        if not batches or size(item) > room:
             batches.append([])
             room = PART
-        batches[-1].append(step)
-        room -= step.size
+        batches[-1].append(item)
+        room -= size(item)
     return batches
 
 

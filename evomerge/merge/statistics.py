@@ -57,6 +57,11 @@ class StatisticsStore:
             self._known[key] = self._load(kind, tensors, base, compute)
         return self._known[key]
 
+    @property
+    def num_loaded(self) -> int:
+        """How many arrays were computed or read from the folder; each is kept."""
+        return len(self._known)
+
     def _load(
         self, kind: str, tensors: Sequence[Key], base: Key | None, compute: Callable[[], NDArray[Any]]
     ) -> NDArray[Any]:
