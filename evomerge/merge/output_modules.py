@@ -6,6 +6,10 @@
     left out ─► the donor's module ─────────────┘
 
 The donor gives config and tokenizer. A plain language model takes part in the language model of larger ones.
+
+mergekit has other names where it has no definition of an architecture: it calls the layers of a module as their
+tensors are, `model.text_model.layers`, and everything outside of all layers `default`. A recipe in these names says
+in two places what becomes of a module, and each gives an output module here, one of the layers and one of the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ class OutputModule:
 
     Attributes:
         name: Its name, or `default` for the only one.
+        key: What the recipe calls it, or would.
+        is_rest: Whether it is but what lies outside of the layers of a module that has some.
         layouts: Model -> its tensors, for every model that has the module.
         pieces: Its slices, each with the base model that counts there.
         parameters: What holds for all of its tensors, nearest first.
@@ -34,6 +40,8 @@ class OutputModule:
     """
 
     name: str
+    key: str
+    is_rest: bool
     layouts: Mapping[str, Layout]
     pieces: tuple[OutputSlice, ...]
     parameters: tuple[Parameters, ...]
@@ -48,6 +56,31 @@ class OutputModule:
             for source in [next((s for s in piece.sources if s.model == piece.base_model), piece.sources[0])]
             for layer in range(*source.layer_range)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Tensors of which a recipe speaks in one place.
+
+    Attributes:
+        module: Whose they are.
+        key: The place under 'modules'.
+        layers: Whether those in its layers are among them.
+        outside: Whether those outside of its layers are.
+    """
+
+    module: str
+    key: str
+    layers: bool = True
+    outside: bool = True
+
+    def of(self, layout: Layout) -> Layout:
+        """The tensors of a model."""
+        return {
+            layer: roles
+            for layer, roles in layout.items()
+            if (self.outside if layer is None else self.layers)
+        }
 
 
 class ModelModules:
@@ -98,37 +131,51 @@ class ModelModules:
             ConfigurationError: It names a module that does not exist, or says `slices` of several modules.
             CheckpointError: A model lacks a module, or layers of it.
         """
-        recipe, known = self._recipe, ", ".join(self.names)
+        recipe, parts = self._recipe, self._parts()
+        keys = list(dict.fromkeys(part.key for part in parts))
+        known = ", ".join(keys)
         if recipe.slices is not None and len(self.names) > 1:
             reason = f"the models have several modules, {known}; say under 'modules' whose slices these are"
             raise ConfigurationError(recipe.fault(("slices",), reason))
         faults = [
-            recipe.fault(
-                ("modules", name), f"unknown module{nearest(name, self.names)}; the models have {known}"
-            )
+            recipe.fault(("modules", name), f"unknown module{nearest(name, keys)}; the models have {known}")
             for name in recipe.modules or ()
-            if name not in self.names
+            if name not in keys
         ]
         if faults:
             raise ConfigurationError(faults)
-        faults = [fault for name in self.names for fault in self._missing(name)]
+        faults = [fault for part in parts for fault in self._missing(part)]
         if faults:
             raise CheckpointError(faults)
-        return tuple(self._module(name) for name in self.names)
+        return tuple(self._module(part) for part in parts)
 
     def language_model(self) -> tuple[OutputSlice, ...]:
-        """The slices of the language model; none if it is no module by itself. Raises as `output_modules`."""
+        """The slices that its embedding comes from; none if it is no module by itself. Raises as `output_modules`."""
         modules = self.output_modules()
         return next((module.pieces for module in modules if module.name in (DEFAULT, TEXT_DECODER)), ())
 
-    def _holder(self, name: str) -> tuple[FieldPath, Recipe | Module | None]:
-        """Where the recipe speaks of a module, and what it says."""
+    def _parts(self) -> list[_Part]:
+        """What the recipe speaks of in one place each: the modules, or what mergekit infers them to be."""
+        stacks = {name: _stack(layout) for name, layout in self._models[self.donor].items()}
+        said = set(self._recipe.modules or ())
+        if not said & set(stacks.values()):
+            return [_Part(module=name, key=name) for name in self.names]
+        parts = []
+        for name, stack in stacks.items():
+            parts.append(_Part(module=name, key=DEFAULT, layers=stack is None))
+            if stack is not None:
+                parts.append(_Part(module=name, key=stack, outside=False))
+        return parts
+
+    def _holder(self, part: _Part) -> tuple[FieldPath, Recipe | Module | None]:
+        """Where the recipe speaks of a part, and what it says."""
         if self._recipe.modules is None:
             return (), self._recipe
-        return ("modules", name), self._recipe.modules.get(name)
+        return ("modules", part.key), self._recipe.modules.get(part.key)
 
-    def _missing(self, name: str) -> Iterator[Fault]:
-        place, holder = self._holder(name)
+    def _missing(self, part: _Part) -> Iterator[Fault]:
+        name = part.module
+        place, holder = self._holder(part)
         if holder is None:
             return
         named = [model.model for model in self._inputs(holder)]
@@ -147,9 +194,12 @@ class ModelModules:
             models.append(InputModel(model=base))
         return models
 
-    def _module(self, name: str) -> OutputModule:
-        place, holder = self._holder(name)
-        layouts = {model: modules[name] for model, modules in self._models.items() if name in modules}
+    def _module(self, part: _Part) -> OutputModule:
+        place, holder = self._holder(part)
+        name = part.module
+        layouts = {
+            model: part.of(modules[name]) for model, modules in self._models.items() if name in modules
+        }
         depths = {model: depth_of(layout) for model, layout in layouts.items()}
         levels: list[Parameters | None] = []
         if holder is None:
@@ -162,6 +212,8 @@ class ModelModules:
             pieces = [piece.model_copy(update={"base_model": piece.base_model or base}) for piece in pieces]
         return OutputModule(
             name=name,
+            key=part.key,
+            is_rest=not part.layers,
             layouts=layouts,
             pieces=tuple(pieces),
             parameters=tuple(level for level in levels if level),
@@ -189,6 +241,10 @@ class ModelModules:
     def _sliced(
         self, place: FieldPath, pieces: Sequence[OutputSlice], depths: Mapping[str, int]
     ) -> list[OutputSlice]:
+        if len(pieces) == 1 and all(
+            depths[source.model] == source.layer_range[0] == 0 for source in pieces[0].sources
+        ):
+            return [_without_layers(pieces[0])]
         for number, piece in enumerate(pieces):
             for source in piece.sources:
                 depth = depths[source.model]
@@ -197,3 +253,17 @@ class ModelModules:
                     reason = f"{source.model} has {depth} layers, got layer_range {list(source.layer_range)}"
                     raise CheckpointError(self._recipe.fault(where, reason))
         return list(pieces)
+
+
+def _without_layers(piece: OutputSlice) -> OutputSlice:
+    """The slice of a module without layers; to mergekit, the matrices of a projector can be such."""
+    sources = [source.model_copy(update={"layer_range": (0, 0)}) for source in piece.sources]
+    return piece.model_copy(update={"sources": sources})
+
+
+def _stack(layout: Layout) -> str | None:
+    """What the names of a module's layers have in common, `model.layers`; None if it has none."""
+    for layer, roles in layout.items():
+        if layer is not None:
+            return next(iter(roles.values())).name.partition(f".{layer}.")[0]
+    return None

@@ -146,7 +146,9 @@ def plan_merge(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> MergePl
         raise ConfigurationError(faults[:MAX_FAULTS])
     return MergePlan(
         tensors=tensors,
-        modules=tuple(ModulePlan(name=module.name, layers=module.layers) for module in modules),
+        modules=tuple(
+            ModulePlan(name=module.name, layers=module.layers) for module in modules if not module.is_rest
+        ),
         donor=models.donor,
         warnings=tuple(_left_out(recipe, modules, models.donor)),
     )
@@ -270,7 +272,7 @@ class _Planner:
 
 
 def _left_out(recipe: Recipe, modules: Sequence[OutputModule], donor: str) -> Iterator[Fault]:
-    names = [module.name for module in modules if module.is_left_out]
+    names = dict.fromkeys(module.key for module in modules if module.is_left_out)
     if names:
         reason = f"does not speak of {', '.join(names)}, so the merged model gets {donor}'s as they are"
         yield recipe.fault(("modules",), f"{reason}; mergekit would write a model without them")

@@ -199,6 +199,71 @@ def test_slices_in_a_llava_are_those_of_mergekit_under_the_names_that_it_infers(
     logits(load(tmp_path / "ours"))
 
 
+INFERRED = """
+modules:
+  model.language_model.layers:
+    slices:
+    - sources: [{model: $one, layer_range: [0, 2]}, {model: $two, layer_range: [1, 3]}]
+      parameters: {weight: [{filter: mlp, value: [0.2, 0.9]}, {value: 0.5}]}
+    - sources: [{model: $two, layer_range: [1, 3]}, {model: $one, layer_range: [0, 2]}]
+      parameters: {weight: 1}
+  model.vision_tower.encoder.layers:
+    models: [{model: $one, parameters: {weight: 0.3}}, {model: $two, parameters: {weight: [0.2, 0.6]}}]
+  default:
+    models: [{model: $one, parameters: {weight: 0.9}}, {model: $two, parameters: {weight: 0.4}}]
+merge_method: linear
+dtype: float32
+"""
+
+
+def test_the_names_that_mergekit_infers_mean_the_same_here(family: Family, tmp_path: Path) -> None:
+    zoo = family("Llava", as_held=True)
+    ours, warned = exported(INFERRED, zoo, tmp_path / "ours")
+    assert warned == []
+    assert_same(ours, by_mergekit(recipe(INFERRED, zoo).to_yaml(), tmp_path / "theirs"))
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 4
+    logits(load(tmp_path / "ours"))
+    assert plan(INFERRED, zoo).num_layers == 4
+
+
+def test_a_slip_in_an_inferred_name_is_refused_with_those(family: Family) -> None:
+    found = refusal(INFERRED.replace("default:", "defualt:"), family("Llava", as_held=True))
+    assert "modules.defualt: unknown module (did you mean 'default'?); the models have default, " in found
+    assert "model.language_model.layers, model.vision_tower.encoder.layers" in found
+
+
+def test_what_lies_outside_the_layers_may_be_left_out_by_its_inferred_name(
+    family: Family, tmp_path: Path
+) -> None:
+    zoo = family("Llava", as_held=True)
+    said = yaml.safe_load(INFERRED)
+    del said["modules"]["default"]
+    ours, (warning,) = exported(yaml.safe_dump(said), zoo, tmp_path / "ours")
+    assert "does not speak of default, so the merged model gets" in warning.reason
+    whole, _ = exported(INFERRED, zoo, tmp_path / "whole")
+    donor = tensors(zoo / "one")
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, whole[name] if ".layers." in name else donor[name]), name
+
+
+def test_a_whole_projector_may_be_said_to_be_a_slice_as_in_mergekit(family: Family, tmp_path: Path) -> None:
+    """To mergekit its two matrices are layers."""
+    zoo = family("Qwen2_5_VL")
+    said = yaml.safe_load(SLICES)
+    sources = [{"model": f"${name}", "layer_range": [0, 2]} for name in ("one", "two")]
+    said["modules"]["multi_modal_projector"] = {
+        "slices": [{"sources": sources, "parameters": {"weight": 0.5}}],
+    }
+    text = yaml.safe_dump(said)
+    ours, _ = exported(text, zoo, tmp_path / "ours")
+    assert_same(ours, by_mergekit(recipe(text, zoo), tmp_path / "theirs"))
+    for source in sources:
+        source["layer_range"] = [1, 2]
+    with pytest.raises(CheckpointError, match=r"one has 0 layers, got layer_range \[1, 2\]"):
+        plan(yaml.safe_dump(said), zoo)
+
+
 def test_layers_of_a_tower_move_too(family: Family, tmp_path: Path) -> None:
     text = """
 modules:
