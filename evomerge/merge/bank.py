@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from evomerge.merge.frame import Frame
+    from evomerge.merge.plan import TensorPlan
+
 PIECE = 1 << 24
 """Elements whose statistics are computed at once on a GPU, or whose ranks anywhere."""
 
@@ -98,6 +101,7 @@ class Bank:
         self._lock = threading.Lock()
         self._histograms: dict[tuple[Key, Key], Histogram] = {}
         self._ranks: dict[tuple[Key, Key], Tensor] = {}
+        self._frames: dict[str, Frame] = {}
 
     @property
     def num_computed(self) -> int:
@@ -125,6 +129,21 @@ class Bank:
         if self.device == "cpu" and self.budget is None:
             self._lines[key] = line
         return line
+
+    def frame(self, plan: TensorPlan, out: Tensor, *, part: int) -> Frame:
+        """What stays of an output tensor from candidate to candidate, if it is the same but for its parameters.
+
+        Args:
+            plan: What to do.
+            out: Where the result goes, flat.
+            part: Elements of a run.
+        """
+        from evomerge.merge.frame import Frame
+
+        known = self._frames.get(plan.name)
+        if known is None or not known.is_of(plan, out):
+            known = self._frames[plan.name] = Frame(plan, out, self, part=part)
+        return known
 
     def _load(self, key: Key) -> Tensor:
         model, name = key

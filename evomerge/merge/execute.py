@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from evomerge.errors import CheckpointError, Fault
 from evomerge.merge.bank import Bank, SourceLine, Statistics, TensorSource
+from evomerge.merge.frame import arrays_of, elements_of
 from evomerge.merge.kernels import cpu, cpu_arrays
-from evomerge.merge.kernels.reference import Elements
+from evomerge.merge.kernels.cpu_arrays import Check, prepared_at
 from evomerge.merge.kernels.threads import spread
 from evomerge.merge.methods import MergeInputs
 from evomerge.merge.methods.base import CombinationInputs, TaskVectorInputs
-from evomerge.merge.methods.task_vectors import Ranked, TaskVectorSum
+from evomerge.merge.methods.task_vectors import TaskVectorSum
 from evomerge.merge.plan import TensorPlan
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from evomerge.merge.kernels.reference import Line, Operation
+    from evomerge.merge.kernels.reference import Elements, Line, Operation
 
 Item = TypeVar("Item")
 
@@ -144,41 +145,18 @@ class PreparedTensor:
         elements = self._elements(self.tensors, self.ranks, first, out.numel())
         return _kernel(out)(self.operation, elements, out)
 
-    def prepared_write(self, out: Tensor, first: int) -> Callable[[], bool]:
-        """What does as `write` when it is called, on that thread, with as little as possible left to Python."""
-        if self.plan.dtype is not None and self.plan.rescale is None and self.operation is not None:
-            native = self._native(out, first)
-            if native is not None:
-                return cpu_arrays.prepared(self.operation, native, cpu.flat(out))
-        return partial(self.write, out, first)
-
     def _native(self, out: Tensor, first: int) -> Elements[NDArray[Any]] | None:
         """The inputs of a run of elements as the loops for the CPU take them, if they know all types."""
-        arrays = self._arrays
-        if arrays is None or not cpu.is_native(out) or not out.is_contiguous():
+        arrays = arrays_of(self.lines, out)
+        if arrays is None:
             return None
         ranks = {source: cpu.flat(line) for source, line in self.ranks.items()}
         return self._elements(arrays, ranks, first, out.numel())
 
-    @property
-    def _arrays(self) -> list[NDArray[Any]] | None:
-        """Its inputs as the loops for the CPU take them, if they are of one type that these know."""
-        arrays = [line.array for line in self.lines if line.array is not None]
-        alike = len(arrays) == len(self.lines) and all(array.dtype == arrays[0].dtype for array in arrays)
-        return arrays if alike else None
-
     def _elements(
         self, inputs: Sequence[Line], ranks: Mapping[int, Line], first: int, count: int
     ) -> Elements[Line]:
-        elements = Elements(
-            name=self.plan.name,
-            seed=self.plan.seed,
-            shape=self.plan.shape,
-            first=0,
-            tensors=inputs,
-            base=self.plan.base,
-            ranks=ranks,
-        )
+        elements = elements_of(self.plan, inputs, ranks)
         return elements if count == elements.count else elements.part(first, first + count)
 
     def _write_formula(self, out: Tensor, first: int) -> bool:
@@ -216,10 +194,8 @@ def prepare_tensor(plan: TensorPlan, bank: Bank) -> PreparedTensor:
     """
     lines = [bank.line(key) for key in plan.inputs]
     operation = operation_of(plan, bank) if plan.dtype is not None else None
-    ranks = {}
-    if isinstance(operation, TaskVectorSum):
-        ranked = [term.source for term in operation.terms if isinstance(term.keep, Ranked)]
-        ranks = {source: bank.ranks(plan.inputs[source], plan.inputs[plan.base or 0]) for source in ranked}
+    ranked = operation.ranked if isinstance(operation, TaskVectorSum) else ()
+    ranks = {source: bank.ranks(plan.inputs[source], plan.inputs[plan.base or 0]) for source in ranked}
     return PreparedTensor(plan=plan, lines=lines, operation=operation, ranks=ranks)
 
 
@@ -279,11 +255,19 @@ def _steps(plan: TensorPlan, out: Tensor, bank: Bank) -> Iterator[_Step]:
         # Preparing takes it into memory, which has no room for all.
         yield _Step(count, partial(_whole, plan, out, bank))
         return
+    if bank.budget is None and plan.dtype is not None and plan.rescale is None:
+        frame = bank.frame(plan, out, part=PART)
+        operation = operation_of(plan, frame)
+        runs = None if operation is None else frame.runs(operation)
+        if operation is not None and runs is not None:
+            for run in runs:
+                yield _Step(run.size, partial(_run_of, plan, bank, prepared_at(operation, run.places)))
+            return
     prepared = prepare_tensor(plan, bank)
     size = PART if prepared.divisible else max(1, count)
     for first in range(0, max(1, count), size):
-        run = out[first : first + size] if count > size else out
-        yield _Step(run.numel(), partial(_part, prepared, prepared.prepared_write(run, first)))
+        piece = out[first : first + size]
+        yield _Step(piece.numel(), partial(_run_of, plan, bank, partial(prepared.write, piece, first)))
 
 
 def _whole(plan: TensorPlan, out: Tensor, bank: Bank) -> PreparedTensor | None:
@@ -291,8 +275,8 @@ def _whole(plan: TensorPlan, out: Tensor, bank: Bank) -> PreparedTensor | None:
     return None if prepared.write(out) else prepared
 
 
-def _part(prepared: PreparedTensor, write: Callable[[], bool]) -> PreparedTensor | None:
-    return None if write() else prepared
+def _run_of(plan: TensorPlan, bank: Bank, check: Check) -> PreparedTensor | None:
+    return None if check() else prepare_tensor(plan, bank)
 
 
 def _run(steps: Sequence[_Step]) -> PreparedTensor | None:

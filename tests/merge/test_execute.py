@@ -16,7 +16,7 @@ from torch import Tensor
 from evomerge.errors import CheckpointError
 from evomerge.merge import execute
 from evomerge.merge.bank import Bank
-from evomerge.merge.execute import is_finite, merge_tensor, prepare_tensor, why_not_finite
+from evomerge.merge.execute import compute, is_finite, merge_tensor, prepare_tensor, why_not_finite
 from evomerge.merge.kernels import reference
 from evomerge.merge.methods import METHODS, BasePolicy, MergeInputs, Scope
 from evomerge.merge.plan import TensorPlan
@@ -105,17 +105,62 @@ def test_any_runs_of_elements_give_the_bits_of_the_whole(name: str, dtype: str) 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_prepared_write_does_what_write_does(name: str, bad: bool) -> None:
+@pytest.mark.parametrize("part", [1 << 22, 101])
+def test_computing_does_what_merging_does(
+    name: str, bad: bool, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one run, or in several that begin at odd positions."""
+    monkeypatch.setattr(execute, "PART", part)
     tensors = given(name, *SHAPE)
     if bad:
         tensors[-1].view(-1)[5] = math.nan
-    prepared = prepare_tensor(plan_for(name, tensors), Bank(sources(tensors)))
-    expected, found = (torch.full((prepared.numel,), 7.0, dtype=torch.bfloat16) for _ in range(2))
-    later = prepared.prepared_write(found, 0)
-    assert found.eq(7).all()
-    assert prepared.write(expected) is not bad
-    assert later() is not bad
-    assert found.view(torch.uint16).equal(expected.view(torch.uint16))
+    plan = plan_for(name, tensors)
+    expected = torch.full((tensors[0].numel(),), 7.0, dtype=torch.bfloat16)
+    found = expected.clone()
+    assert prepare_tensor(plan, Bank(sources(tensors))).write(expected) is not bad
+    flawed = compute([(plan, found)], Bank(sources(tensors)))
+    assert (flawed is not None) is bad
+    if flawed is not None:
+        assert flawed.plan is plan
+        assert "layer.weight of model" in why_not_finite(flawed)
+    assert found.view(torch.uint16).equal(expected.view(torch.uint16)) or bad
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_candidate_is_not_changed_by_those_before_it(name: str) -> None:
+    """What is kept from one to the next is not used where it does not hold."""
+    tensors = given(name, *SHAPE)
+    plan = plan_for(name, tensors)
+    bank, wide = Bank(sources(tensors)), torch.empty(tensors[0].numel())
+    place = wide.view(torch.bfloat16)[: wide.numel()]
+    elsewhere = torch.empty(2 * place.numel(), dtype=torch.bfloat16)
+    smaller = tuple({**values, "weight": 0.3, "density": 1.0, "gamma": 0.2} for values in plan.values)
+    mixed = (plan.values[0], *smaller[1:])
+    candidates: dict[str, tuple[dict[str, Any], Tensor]] = {
+        "other parameters": ({"values": smaller}, place),
+        "some other parameters": ({"values": mixed}, place),
+        "other shared ones": ({"shared": {**plan.shared, "t": 0.8, "lambda": 0.5, "normalize": True}}, place),
+        "another seed": ({"seed": 4}, place),
+        "another order": ({"inputs": plan.inputs[::-1]}, place),
+        "another base": ({"base": None if plan.base is None else 1}, place),
+        "elsewhere": ({}, elsewhere[: place.numel()]),
+        "at an odd address": ({}, elsewhere[1 : place.numel() + 1]),
+        "another type": ({"dtype": "float32"}, wide),
+    }
+    for what, (changes, out) in candidates.items():
+        assert compute([(plan, place)], bank) is None
+        changed = dataclasses.replace(plan, **changes)
+        assert compute([(changed, out)], bank) is None
+        assert out.equal(merge_tensor(changed, sources(tensors)).view(-1)), what
+
+
+def test_of_a_tensor_that_only_parameters_change_everything_else_is_kept() -> None:
+    tensors = given("ties", *SHAPE)
+    plan, bank = plan_for("ties", tensors), Bank(sources(tensors))
+    out = torch.empty(tensors[0].numel(), dtype=torch.bfloat16)
+    first = bank.frame(plan, out, part=100)
+    assert bank.frame(dataclasses.replace(plan, values=()), out.view(-1), part=100) is first
+    assert bank.frame(dataclasses.replace(plan, seed=1), out, part=100) is not first
 
 
 @pytest.mark.parametrize("name", WHOLE)

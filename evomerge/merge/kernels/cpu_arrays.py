@@ -56,80 +56,105 @@ def run_part(operation: Operation, elements: Elements[NDArray[Any]], out: NDArra
     return prepared(operation, elements, out)()
 
 
-def prepared(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Callable[[], bool]:
+def prepared(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Check:
     """What does as `run_part` when it is called; nothing is left to Python then but to call loops."""
-    limit = _OVERFLOW[out.itemsize]
-    loops = list(_loops(operation, elements, out))
-    if len(loops) == 1:
-        (loop,) = loops
-        return lambda: bool(loop() < limit)
-    return lambda: max([loop() for loop in loops], default=0) < limit
+    return prepared_at(operation, places(elements, out, alike=treats_alike(operation)))
+
+
+Check = Callable[[], bool]
+"""Computes a run of elements; whether all results are finite."""
+Place = Callable[[Operation], Check]
+"""A run of elements in the form that loops take, and where its results go: gives what computes it by an operation."""
+
+
+def treats_alike(operation: Operation) -> bool:
+    """Whether an operation does the same to all elements, wherever in a row or column they are."""
+    return isinstance(operation, TaskVectorSum) or operation.axis is Axis.WHOLE
+
+
+def places(elements: Elements[NDArray[Any]], out: NDArray[Any], *, alike: bool = True) -> list[Place]:
+    """The places of a run of elements, for any number of operations that all treat elements alike, or none does."""
+    first, count = elements.first, elements.count
+    # Kernels count in 32 bits.
+    if first % 2**32 + count > 2**32:
+        cuts = itertools.pairwise([0, *range(2**32 - first % 2**32, count, 2**32), count])
+        parts = [places(elements.part(start, end), out[start:end], alike=alike) for start, end in cuts]
+        return [place for part in parts for place in part]
+    if alike and out.itemsize == elements.tensors[0].itemsize == 2:
+        return list(_places_of_pairs(elements, out))
+    return [partial(_bound, elements=elements, out=out, limit=_OVERFLOW[out.itemsize])]
+
+
+def prepared_at(operation: Operation, where: Sequence[Place]) -> Check:
+    """As `prepared`, for elements whose places are known."""
+    checks = [place(operation) for place in where]
+    return checks[0] if len(checks) == 1 else partial(_all, checks)
+
+
+def _all(checks: Sequence[Check]) -> bool:
+    finite = True
+    for check in checks:
+        finite &= check()
+    return finite
+
+
+def _bound(operation: Operation, *, elements: Elements[NDArray[Any]], out: NDArray[Any], limit: int) -> Check:
+    loop = _loop(operation, elements, out)
+    return lambda: bool(loop() < limit)
+
+
+def _places_of_pairs(elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Iterator[Place]:
+    """A place for the pairs from even positions, and one for what is left over at an end."""
+    start, end, limit = elements.first % 2, elements.count, _OVERFLOW[out.itemsize]
+    end -= (end - start) % 2
+    if start < end:
+        pairs = (elements if end - start == elements.count else elements.part(start, end)).each(_as_pairs)
+        yield partial(_bound, elements=pairs, out=_as_pairs(out[start:end]), limit=limit)
+    if start:
+        yield _half_of_pair(elements.part(0, 1), out[:1])
+    if end < elements.count:
+        yield _half_of_pair(elements.part(end, end + 1), out[end:])
+
+
+def _as_pairs(line: NDArray[Any]) -> NDArray[Any]:
+    return line.view(np.uint32)
+
+
+def _half_of_pair(element: Elements[NDArray[Any]], out: NDArray[Any]) -> Place:
+    """For one element, in a pair that is nowhere else."""
+    half, written = element.first % 2, np.zeros(2, np.uint16)
+
+    def in_pair(line: NDArray[Any]) -> NDArray[Any]:
+        pair = np.zeros(2, np.uint16)
+        pair[half] = line[0]
+        return _as_pairs(pair)
+
+    pair = element.each(in_pair, first=element.first - half)
+
+    def bound(operation: Operation) -> Check:
+        check = _bound(operation, elements=pair, out=_as_pairs(written), limit=_OVERFLOW[out.itemsize])
+
+        def computed() -> bool:
+            finite = check()
+            out[0] = written[half]
+            return finite
+
+        return computed
+
+    return bound
 
 
 Loop = Callable[[], int]
 """Computes a run of elements; gives the largest bit pattern of an absolute result, which tells what is not finite."""
 
 
-def _loops(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Iterator[Loop]:
-    """The loops for runs that cross no multiple of 2^32, as kernels count in 32 bits."""
-    first, count = elements.first, elements.count
-    if first % 2**32 + count > 2**32:
-        cuts = [0, *range(2**32 - first % 2**32, count, 2**32), count]
-        for start, end in itertools.pairwise(cuts):
-            yield from _loops(operation, elements.part(start, end), out[start:end])
-    elif isinstance(operation, Combination) and operation.axis is not Axis.WHOLE:
-        yield _combine_along(operation, elements, out)
-    elif out.dtype == elements.tensors[0].dtype == np.uint16:
-        yield from _loops_of_pairs(operation, elements, out)
-    else:
-        yield _loop(operation, elements, out)
-
-
 def _loop(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:
+    """For a run that crosses no multiple of 2^32."""
     if isinstance(operation, TaskVectorSum):
         return _sum_task_vectors(operation, elements, out)
-    return _combine(operation, elements, out)
-
-
-def _loops_of_pairs(
-    operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]
-) -> Iterator[Loop]:
-    """A loop for the pairs from even positions, and one for what is left over at an end."""
-    start, end = elements.first % 2, elements.count
-    end -= (end - start) % 2
-    if end - start == elements.count:
-        yield _loop(operation, _as_pairs(elements), out.view(np.uint32))
-    elif start < end:
-        yield _loop(operation, _as_pairs(elements.part(start, end)), out[start:end].view(np.uint32))
-    if start:
-        yield _single(operation, elements.part(0, 1), out[:1])
-    if end < elements.count:
-        yield _single(operation, elements.part(end, end + 1), out[end:])
-
-
-def _as_pairs(elements: Elements[NDArray[Any]]) -> Elements[NDArray[Any]]:
-    return elements.each(lambda line: line.view(np.uint32))
-
-
-def _single(operation: Operation, element: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:
-    """For one element, as half of a pair that is nowhere else."""
-    half = element.first % 2
-
-    def in_pair(line: NDArray[Any]) -> NDArray[Any]:
-        pair = np.zeros(2, np.uint16)
-        pair[half] = line[0]
-        return pair
-
-    written = np.zeros(2, np.uint16)
-    pair = element.each(in_pair, first=element.first - half)
-    loop = _loop(operation, _as_pairs(pair), written.view(np.uint32))
-
-    def computed() -> int:
-        largest = loop()
-        out[0] = written[half]
-        return largest
-
-    return computed
+    if operation.axis is Axis.WHOLE:
+        return _combine(operation, elements, out)
+    return _combine_along(operation, elements, out)
 
 
 def _sum_task_vectors(stated: TaskVectorSum, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:

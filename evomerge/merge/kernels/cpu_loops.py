@@ -11,7 +11,7 @@ Arrays come in three forms, which `_load` and `_store` tell apart by their type:
     uint16     an element is the bits of a bfloat16 number
     uint32     an element is a pair of them, the lower half first; position 2p is even
 
-Pairs take half the instructions to load and to store, and share one hash for what `task_vectors` calls ties.
+Pairs take half the instructions to load and to store, and share the hash of their tie numbers; see `counter_hash`.
 
 Kernels are specialised by the types of their arguments: the number of sources and what is kept of a task
 vector are told from tuples' lengths (`_kept`), so that compiled code can be cached between processes.

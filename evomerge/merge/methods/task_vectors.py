@@ -101,6 +101,11 @@ class TaskVectorSum(NamedTuple):
     scale: float
 
     @property
+    def ranked(self) -> tuple[int, ...]:
+        """Positions of the inputs whose ranks are asked for; see `row_ranks`."""
+        return tuple(term.source for term in self.terms if isinstance(term.keep, Ranked))
+
+    @property
     def divisor(self) -> float:
         """What a sum without election is divided by."""
         total = 0.0

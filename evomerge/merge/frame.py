@@ -1,0 +1,127 @@
+"""What stays of an output tensor from candidate to candidate, which mostly differ in parameters alone.
+
+A candidate of a small model is hundreds of tensors, and to find their inputs, put these into the form that loops take
+and look up their statistics takes longer than the parameters do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from evomerge.merge.histogram import Histogram
+from evomerge.merge.kernels import cpu, cpu_arrays
+from evomerge.merge.kernels.cpu_arrays import Place
+from evomerge.merge.kernels.reference import Elements, Operation
+from evomerge.merge.methods.base import Axis, GramKind
+from evomerge.merge.methods.task_vectors import TaskVectorSum
+from evomerge.merge.plan import TensorPlan
+from evomerge.merge.statistics import Key
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from evomerge.merge.bank import Bank, SourceLine
+    from evomerge.merge.kernels.reference import Line
+
+
+class Run(NamedTuple):
+    """A run of a tensor's elements.
+
+    Attributes:
+        size: Number of elements.
+        places: Where they are; see `cpu_arrays.prepared_at`.
+    """
+
+    size: int
+    places: Sequence[Place]
+
+
+class Frame:
+    """One output tensor, whatever its parameters, and its statistics.
+
+    Args:
+        plan: What to do; its parameters are not looked at.
+        out: Where the result goes, flat.
+        bank: The sources, whose tensors stay in memory.
+        part: Elements of a run.
+    """
+
+    def __init__(self, plan: TensorPlan, out: Tensor, bank: Bank, *, part: int) -> None:
+        self._plan = plan
+        self._out = out
+        self._bank = bank
+        self._histograms: dict[Key, Histogram] = {}
+        self._grams: dict[tuple[GramKind, Axis], NDArray[np.float64]] = {}
+        self._part = part
+        self._arrays = arrays_of([bank.line(key) for key in plan.inputs], out)
+        self._runs: dict[tuple[bool, tuple[int, ...]], list[Run]] = {}
+
+    def is_of(self, plan: TensorPlan, out: Tensor) -> bool:
+        """Whether a tensor differs in nothing but parameters."""
+        mine = self._plan
+        return (
+            plan.inputs == mine.inputs
+            and plan.base == mine.base
+            and plan.seed == mine.seed
+            and out.data_ptr() == self._out.data_ptr()
+            and out.dtype == self._out.dtype
+        )
+
+    def runs(self, operation: Operation) -> Sequence[Run] | None:
+        """The runs to carry out an operation on, or None if the loops for the CPU do not know a type."""
+        if self._arrays is None:
+            return None
+        ranked = operation.ranked if isinstance(operation, TaskVectorSum) else ()
+        key = (cpu_arrays.treats_alike(operation), ranked)
+        known = self._runs.get(key)
+        if known is None:
+            known = self._runs[key] = list(self._found(self._arrays, ranked, alike=key[0]))
+        return known
+
+    def _found(self, arrays: Sequence[NDArray[Any]], ranked: Sequence[int], *, alike: bool) -> Iterator[Run]:
+        inputs = self._plan.inputs
+        base = inputs[self._plan.base or 0]
+        ranks = {source: cpu.flat(self._bank.ranks(inputs[source], base)) for source in ranked}
+        elements, out = elements_of(self._plan, arrays, ranks), cpu.flat(self._out)
+        for first in range(0, elements.count, self._part):
+            end = min(first + self._part, elements.count)
+            yield Run(end - first, cpu_arrays.places(elements.part(first, end), out[first:end], alike=alike))
+
+    def histogram(self, source: Key, base: Key) -> Histogram:
+        """As the bank's."""
+        known = self._histograms.get(source)
+        if known is None:
+            known = self._histograms[source] = self._bank.histogram(source, base)
+        return known
+
+    def gram(
+        self, tensors: Sequence[Key], base: int | None, kind: GramKind, axis: Axis
+    ) -> NDArray[np.float64]:
+        """As the bank's."""
+        known = self._grams.get((kind, axis))
+        if known is None:
+            known = self._grams[kind, axis] = self._bank.gram(tensors, base, kind, axis)
+        return known
+
+
+def arrays_of(lines: Sequence[SourceLine], out: Tensor) -> list[NDArray[Any]] | None:
+    """Inputs as the loops for the CPU take them, if they are of one type that these know, as that of `out` is."""
+    arrays = [line.array for line in lines if line.array is not None]
+    alike = len(arrays) == len(lines) and all(array.dtype == arrays[0].dtype for array in arrays)
+    return arrays if alike and cpu.is_native(out) and out.is_contiguous() else None
+
+
+def elements_of(plan: TensorPlan, inputs: Sequence[Line], ranks: Mapping[int, Line]) -> Elements[Line]:
+    """All elements of the inputs of a tensor."""
+    return Elements(
+        name=plan.name,
+        seed=plan.seed,
+        shape=plan.shape,
+        first=0,
+        tensors=inputs,
+        base=plan.base,
+        ranks=ranks,
+    )
