@@ -70,10 +70,14 @@ class Frame:
             and out.dtype == self._out.dtype
         )
 
-    def runs(self, operation: Operation) -> Sequence[Run] | None:
-        """The runs to carry out an operation on, or None if the loops for the CPU do not know a type."""
-        if self._arrays is None:
-            return None
+    @property
+    def is_native(self) -> bool:
+        """Whether the loops for the CPU know all types."""
+        return self._arrays is not None
+
+    def runs(self, operation: Operation) -> Sequence[Run]:
+        """The runs to carry out an operation on, if it is native."""
+        assert self._arrays is not None, "it is native"
         ranked = operation.ranked if isinstance(operation, TaskVectorSum) else ()
         key = (cpu_arrays.treats_alike(operation), ranked)
         known = self._runs.get(key)
