@@ -20,8 +20,8 @@ several computes it once.
 The uniform number is h / 2^32; an element is kept with probability p iff h < round(p 2^32).
 
 Among equals, as TIES meets them at its threshold, an element's tie number of 15 bits decides. Elements 2m and
-2m + 1 share the last x of element 2m, so that a pair needs one hash: the tie number of the odd one is x >> 17, that
-of the even one (x ^ (x >> 17)) mod 2^15.
+2m + 1 share the hash h of element 2m, so that a pair needs one: the tie number of the odd one is h >> 17, that of the
+even one (h ^ (h >> 17)) mod 2^15.
 Test vectors stand in `docs/counter_hash.md` and in the tests.
 """
 
@@ -55,20 +55,16 @@ def threshold(probability: float) -> int:
 
 def hash_element(element: int, k0: int, k1: int) -> int:
     """The hash of one element, an int in [0, 2^32); the definition the tensor version is tested against."""
-    x = _stirred(element, k0, k1)
+    x = (element & _MASK) ^ k0 ^ ((element >> 32) * 0x9E3779B9 & _MASK)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15) ^ k1) * 0x846CA68B) & _MASK
     return ((x ^ (x >> 16)) * 0x9E3779B1) & _MASK
 
 
 def tie_number(element: int, k0: int, k1: int) -> int:
     """The tie number of one element, an int in [0, 2^15); the definition the tensor version is tested against."""
-    x = _stirred(element & ~1, k0, k1)
-    return x >> 17 if element & 1 else (x ^ (x >> 17)) & 0x7FFF
-
-
-def _stirred(element: int, k0: int, k1: int) -> int:
-    x = (element & _MASK) ^ k0 ^ ((element >> 32) * 0x9E3779B9 & _MASK)
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    return ((x ^ (x >> 15) ^ k1) * 0x846CA68B) & _MASK
+    h = hash_element(element & ~1, k0, k1)
+    return h >> 17 if element & 1 else (h ^ (h >> 17)) & 0x7FFF
 
 
 def hash_elements(elements: Tensor, k0: int, k1: int) -> Tensor:
@@ -79,7 +75,10 @@ def hash_elements(elements: Tensor, k0: int, k1: int) -> Tensor:
         k0: First key.
         k1: Second key.
     """
-    x = _stirred_elements(elements, k0, k1)
+    # int64 products wrap modulo 2^64, which keeps their low 32 bits right.
+    x = (elements >> 32).mul_(0x9E3779B9).bitwise_xor_(elements).bitwise_xor_(k0).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
+    x.bitwise_xor_(x >> 15).bitwise_xor_(k1).mul_(0x846CA68B).bitwise_and_(_MASK)
     return x.bitwise_xor_(x >> 16).mul_(0x9E3779B1).bitwise_and_(_MASK)
 
 
@@ -87,15 +86,8 @@ def tie_numbers(elements: Tensor, k0: int, k1: int) -> Tensor:
     """Tie numbers of the given elements, int64 of their shape with values < 2^15; see `hash_elements`."""
     import torch
 
-    x = _stirred_elements(elements & ~1, k0, k1)
-    return torch.where(elements & 1 == 1, x >> 17, (x ^ (x >> 17)) & 0x7FFF)
-
-
-def _stirred_elements(elements: Tensor, k0: int, k1: int) -> Tensor:
-    # int64 products wrap modulo 2^64, which keeps their low 32 bits right.
-    x = (elements >> 32).mul_(0x9E3779B9).bitwise_xor_(elements).bitwise_xor_(k0).bitwise_and_(_MASK)
-    x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
-    return x.bitwise_xor_(x >> 15).bitwise_xor_(k1).mul_(0x846CA68B).bitwise_and_(_MASK)
+    h = hash_elements(elements & ~1, k0, k1)
+    return torch.where(elements & 1 == 1, h >> 17, (h ^ (h >> 17)) & 0x7FFF)
 
 
 def keep_mask(

@@ -3,6 +3,7 @@
     plan + bank ── prepare_tensor ──► PreparedTensor ── write(run of elements) ──► out
                    statistics, coefficients             kernel, or the formula in torch
 
+`compute` does so for all tensors of a candidate; what the loops for the CPU can do, from the `frame`s of its tensors.
 Everything is computed in float32 and rounded once, to the plan's type.
 """
 
@@ -219,11 +220,12 @@ def compute(wanted: Iterable[tuple[TensorPlan, Tensor]], bank: Bank) -> Prepared
 def _all_steps(wanted: Sequence[tuple[TensorPlan, Tensor]], bank: Bank) -> list[_Step]:
     """Prepare all tensors; in several threads from the first one on whose statistics had to be computed.
 
-    Without that, threads would only get in each other's way: preparing is Python's work.
+    Without that, threads would only get in each other's way: preparing is Python's work. Under a budget, tensors come
+    into memory one by one.
     """
     steps: list[_Step] = []
     known, begun = bank.num_computed, 0
-    while begun < len(wanted) and bank.num_computed == known:
+    while begun < len(wanted) and (bank.num_computed == known or bank.budget is not None):
         steps += _steps(*wanted[begun], bank)
         begun += 1
     groups = _batches(wanted[begun:], lambda item: item[1].numel())

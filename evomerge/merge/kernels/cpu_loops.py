@@ -33,7 +33,7 @@ from evomerge.merge.histogram import BIN_SHIFT, TIES
 _F, _U = np.float32, np.uint32
 
 ALL, RANDOM, LARGEST, BAND, RANKED = 1, 2, 3, 4, 5
-"""Length of a term's constants -> what is kept of its task vector; see `_kept`."""
+"""Length of a term's constants -> what is kept of its task vector; see `_scaled`."""
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
@@ -67,15 +67,9 @@ def _mixed(position: Any, k0: Any) -> Any:
 
 
 @register_jitable
-def _stirred(mixed: Any, k1: Any) -> Any:
-    """The next step, in which a source's key comes in."""
-    return _U(_U(mixed ^ k1) * _U(0x846CA68B))
-
-
-@register_jitable
 def _hash(mixed: Any, k1: Any) -> Any:
     """Its second half."""
-    x = _stirred(mixed, k1)
+    x = _U(_U(mixed ^ k1) * _U(0x846CA68B))
     return _U(_U(x ^ _U(x >> _U(16))) * _U(0x9E3779B1))
 
 
@@ -167,14 +161,14 @@ def _magnitude(low: Any, high: Any) -> Any:
 
 @register_jitable
 def _key(delta: Any, position: Any, k0: Any, k1: Any) -> Any:
-    """An element's sort key; see `histogram`. Of both elements of a pair x is the same, and computed once."""
-    x = _stirred(_mixed(_U(position & _U(0xFFFFFFFE)), k0), k1)
-    odd = _U(x >> _U(17))
-    tie = odd if _U(position & _U(1)) != _U(0) else _U(_U(x ^ odd) & _U(TIES - 1))
+    """An element's sort key; see `histogram`. Of both elements of a pair the hash is the same, and computed once."""
+    h = _hash(_mixed(_U(position & _U(0xFFFFFFFE)), k0), k1)
+    odd = _U(h >> _U(17))
+    tie = odd if _U(position & _U(1)) != _U(0) else _U(_U(h ^ odd) & _U(TIES - 1))
     return _U(_U(_U(_bits(delta) << _U(1)) & _U(2**32 - TIES)) | tie)
 
 
-def _kept(delta: Any, factor: Any, position: Any, k0: Any, rank: Any, c: Any) -> Any:
+def _scaled(delta: Any, factor: Any, position: Any, k0: Any, rank: Any, c: Any) -> Any:
     """One element of a task vector times its factor, or zero where it is not kept.
 
     Args:
@@ -188,8 +182,8 @@ def _kept(delta: Any, factor: Any, position: Any, k0: Any, rank: Any, c: Any) ->
     raise NotImplementedError
 
 
-@overload(_kept)
-def _overload_kept(delta: Any, factor: Any, position: Any, k0: Any, rank: Any, c: Any) -> Any:
+@overload(_scaled)
+def _overload_scaled(delta: Any, factor: Any, position: Any, k0: Any, rank: Any, c: Any) -> Any:
     def every(delta: Any, factor: Any, position: Any, k0: Any, rank: Any, c: Any) -> Any:
         return _F(delta * factor)
 
@@ -223,7 +217,7 @@ def _term(
     """Source i's part of a sum of task vectors, at one element."""
     rank = _U(0) if ranks is None else _rank(ranks[i][e], half)
     delta = _F(_load(sources[i][e], half) - b)
-    return _kept(delta, _F(factors[i]), position, k0, rank, c[i])
+    return _scaled(delta, _F(factors[i]), position, k0, rank, c[i])
 
 
 @register_jitable

@@ -29,7 +29,7 @@ from evomerge.merge import histogram
 FLAG, LIMIT, DIVISOR, SCALE, KEY, FIRST, LENGTH, TERMS = (tl.constexpr(place) for place in range(8))
 
 ALL, RANDOM, LARGEST, BAND, RANKED = (tl.constexpr(number) for number in (1, 2, 3, 4, 5))
-"""Number of a term's constants -> what is kept of its task vector; see `_kept`."""
+"""Number of a term's constants -> what is kept of its task vector; see `_scaled`."""
 BIN_SHIFT, TIES = tl.constexpr(histogram.BIN_SHIFT), tl.constexpr(histogram.TIES)
 
 
@@ -70,37 +70,38 @@ def _mixed(position: tl.tensor, k0: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _stirred(mixed: tl.tensor, k1: tl.tensor) -> tl.tensor:
-    """The next step, in which a source's key comes in."""
-    return (mixed ^ k1) * 0x846CA68B
+def _hash(mixed: tl.tensor, k1: tl.tensor) -> tl.tensor:
+    """Its second half."""
+    x = (mixed ^ k1) * 0x846CA68B
+    return (x ^ (x >> 16)) * 0x9E3779B1
 
 
 @triton.jit
-def _kept(
+def _scaled(
     delta: tl.tensor, position: tl.tensor, rank: tl.tensor, table: tl.tensor, c: tl.tensor, keep: tl.constexpr
 ) -> tl.tensor:
-    """What is left of elements of a task vector.
+    """What is left of elements of a task vector, times their factor.
 
     Args:
         delta: The elements, float32.
         position: Their positions in the tensor, modulo 2^32.
         rank: Their ranks within their rows, for ranked terms.
         table: The table of numbers.
-        c: Place of the term's constants in it.
+        c: Place of the term's constants in it, which its factor follows.
         keep: What to keep.
     """
+    factor = _float(table, c + keep)
     if keep == ALL:
-        return delta
+        return delta * factor
     k0, k1 = _number(table, KEY), _number(table, c + keep - 1)
     if keep == LARGEST or keep == BAND:  # noqa: SIM109 - Triton knows no other way
-        x = _stirred(_mixed(position & 0xFFFFFFFE, k0), k1)
-        tie = tl.where((position & 1) != 0, x >> 17, (x ^ (x >> 17)) & (TIES - 1))
+        h = _hash(_mixed(position & 0xFFFFFFFE, k0), k1)
+        tie = tl.where((position & 1) != 0, h >> 17, (h ^ (h >> 17)) & (TIES - 1))
         key = (_magnitude(delta) >> BIN_SHIFT) * TIES + tie
         lowest = _number(table, c)
         kept = key >= lowest if keep == LARGEST else key - lowest <= _number(table, c + 1)
-        return tl.where(kept, delta, 0.0)
-    x = _stirred(_mixed(position, k0), k1)
-    h = (x ^ (x >> 16)) * 0x9E3779B1
+        return tl.where(kept, delta * factor, 0.0)
+    h = _hash(_mixed(position, k0), k1)
     dropped = delta * 0.0
     if keep == RANDOM:
         kept = h <= _number(table, c)
@@ -108,7 +109,7 @@ def _kept(
         chance = _float(table, c) + rank.to(tl.float32) * _float(table, c + 1)
         kept = (h >> 8).to(tl.float32) * (2.0**-24) < chance
         delta = tl.div_rn(delta, tl.where(_number(table, c + 2) != 0, chance, 1.0))
-    return tl.where(kept, delta, dropped)
+    return tl.where(kept, delta, dropped) * factor
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def add_terms(
         c = TERMS + i * (keep + 2)
         delta = _loaded(sources[i] + e, inside) - b
         rank = e if ranks is None else tl.load(ranks[i] + e, mask=inside, other=0)
-        term = _kept(delta, position, rank, table, c, keep) * _float(table, c + keep)
+        term = _scaled(delta, position, rank, table, c, keep)
         total += term
         if elect:
             # NaN, which has no sign, has its say.

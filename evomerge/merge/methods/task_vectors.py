@@ -155,8 +155,7 @@ def add_task_vectors(stated: TaskVectorSum, inputs: MergeInputs, ranks: Mapping[
     terms = []
     for term in stated.terms:
         delta = inputs.tensors[term.source] - inputs.base_tensor
-        sparse = _kept(delta, term, inputs, ranks.get(term.source))
-        terms.append(sparse.mul_(term.factor))
+        terms.append(_scaled(delta, term, inputs, ranks.get(term.source)))
     total = torch.zeros_like(inputs.base_tensor)
     for term_E in terms:
         total.add_(term_E)
@@ -176,27 +175,29 @@ def add_task_vectors(stated: TaskVectorSum, inputs: MergeInputs, ranks: Mapping[
     return total.mul_(stated.scale).add_(inputs.base_tensor)
 
 
-def _kept(delta: Tensor, term: Term, inputs: MergeInputs, ranks: Tensor | None) -> Tensor:
+def _scaled(delta: Tensor, term: Term, inputs: MergeInputs, ranks: Tensor | None) -> Tensor:
+    """What is kept of a task vector, times its factor."""
     import torch
 
     keep = term.keep
     if keep is None:
-        return delta
+        return delta.mul_(term.factor)
     positions = torch.arange(inputs.first, inputs.first + delta.numel(), device=delta.device)
     k0, k1 = keys(inputs.seed, inputs.name, term.source)
     if isinstance(keep, Band):
         bins = (delta.abs().view(torch.int32) >> BIN_SHIFT).long()
         key = bins * TIES + tie_numbers(positions, k0, k1).view(delta.shape)
-        return torch.where((keep.lowest <= key) & (key <= keep.highest), delta, 0.0)
+        return torch.where((keep.lowest <= key) & (key <= keep.highest), delta * term.factor, 0.0)
     hashes = hash_elements(positions, k0, k1).view(delta.shape)
     dropped = delta * 0  # NaN and infinity do not vanish: they mean that a source is damaged
     if isinstance(keep, Random):
-        return torch.where(hashes <= keep.last, delta, dropped)
+        return torch.where(hashes <= keep.last, delta, dropped).mul_(term.factor)
     assert ranks is not None
     lowest, step = ranked_line(keep)
     chance = ranks.float().mul_(step).add_(lowest)
     uniform = (hashes >> 8).float().mul_(2.0**-24)
-    return torch.where(uniform < chance, delta / chance if keep.rescale else delta, dropped)
+    kept = torch.where(uniform < chance, delta / chance if keep.rescale else delta, dropped)
+    return kept.mul_(term.factor)
 
 
 def ranked_line(keep: Ranked) -> tuple[float, float]:
