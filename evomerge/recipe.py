@@ -140,7 +140,8 @@ class InputSlice(StrictRecord):
     @model_validator(mode="after")
     def _check_range(self) -> InputSlice:
         first, end = self.layer_range
-        if not 0 <= first < end:
+        # Of a module without layers, all of it is [0, 0].
+        if not 0 <= first < end and (first, end) != (0, 0):
             raise ValueError(
                 f"layer_range: expected [first, end] with 0 <= first < end, got [{first}, {end}]"
             )

@@ -102,6 +102,7 @@ class Bank:
         self._histograms: dict[tuple[Key, Key], Histogram] = {}
         self._ranks: dict[tuple[Key, Key], Tensor] = {}
         self._frames: dict[str, Frame] = {}
+        self._last_inputs: dict[str, tuple[Key, ...]] = {}
 
     @property
     def num_computed(self) -> int:
@@ -133,6 +134,8 @@ class Bank:
     def frame(self, plan: TensorPlan, out: Tensor, *, part: int) -> Frame:
         """What stays of an output tensor from candidate to candidate, if it is the same but for its parameters.
 
+        It is kept once two candidates in a row had the same inputs: where layers move, it would not be used again.
+
         Args:
             plan: What to do.
             out: Where the result goes, flat.
@@ -141,9 +144,13 @@ class Bank:
         from evomerge.merge.frame import Frame
 
         known = self._frames.get(plan.name)
-        if known is None or not known.is_of(plan, out):
-            known = self._frames[plan.name] = Frame(plan, out, self, part=part)
-        return known
+        if known is not None and known.is_of(plan, out):
+            return known
+        found = Frame(plan, out, self, part=part)
+        if self._last_inputs.get(plan.name) == plan.inputs:
+            self._frames[plan.name] = found
+        self._last_inputs[plan.name] = plan.inputs
+        return found
 
     def _load(self, key: Key) -> Tensor:
         model, name = key

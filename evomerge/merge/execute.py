@@ -157,8 +157,7 @@ class PreparedTensor:
     def _elements(
         self, inputs: Sequence[Line], ranks: Mapping[int, Line], first: int, count: int
     ) -> Elements[Line]:
-        elements = elements_of(self.plan, inputs, ranks)
-        return elements if count == elements.count else elements.part(first, first + count)
+        return elements_of(self.plan, inputs, ranks).part(first, first + count)
 
     def _write_formula(self, out: Tensor, first: int) -> bool:
         if not self.plan.method.elementwise:

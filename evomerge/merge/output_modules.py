@@ -156,9 +156,10 @@ class ModelModules:
 
     def _parts(self) -> list[_Part]:
         """What the recipe speaks of in one place each: the modules, or what mergekit infers them to be."""
-        stacks = {name: _stack(layout) for name, layout in self._models[self.donor].items()}
-        said = set(self._recipe.modules or ())
-        if not said & set(stacks.values()):
+        said = {_plain(name): name for name in self._recipe.modules or ()}
+        found = {name: _stack(layout) for name, layout in self._models[self.donor].items()}
+        stacks = {name: stack and said.get(_plain(stack), stack) for name, stack in found.items()}
+        if not set(said.values()) & set(stacks.values()):
             return [_Part(module=name, key=name) for name in self.names]
         parts = []
         for name, stack in stacks.items():
@@ -248,7 +249,7 @@ class ModelModules:
         for number, piece in enumerate(pieces):
             for source in piece.sources:
                 depth = depths[source.model]
-                if source.layer_range[1] > depth:
+                if not 0 < source.layer_range[1] <= depth:
                     where = (*place, "slices", number, "sources")
                     reason = f"{source.model} has {depth} layers, got layer_range {list(source.layer_range)}"
                     raise CheckpointError(self._recipe.fault(where, reason))
@@ -265,5 +266,10 @@ def _stack(layout: Layout) -> str | None:
     """What the names of a module's layers have in common, `model.layers`; None if it has none."""
     for layer, roles in layout.items():
         if layer is not None:
-            return next(iter(roles.values())).name.partition(f".{layer}.")[0]
+            return next(iter(roles.values())).template.partition(".{}.")[0]
     return None
+
+
+def _plain(stack: str) -> str:
+    """The same for the names in a file and those of the model that transformers makes of it, which mergekit takes."""
+    return ".".join(piece for piece in stack.split(".") if piece not in ("model", "vision_model"))

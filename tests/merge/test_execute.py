@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import random
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from evomerge.errors import CheckpointError
 from evomerge.merge import execute
 from evomerge.merge.bank import Bank
 from evomerge.merge.execute import compute, is_finite, merge_tensor, prepare_tensor, why_not_finite
+from evomerge.merge.histogram import Histogram
 from evomerge.merge.kernels import reference
 from evomerge.merge.methods import METHODS, BasePolicy, MergeInputs, Scope
 from evomerge.merge.plan import TensorPlan
@@ -135,10 +138,16 @@ def test_a_candidate_is_not_changed_by_those_before_it(name: str) -> None:
     place = wide.view(torch.bfloat16)[: wide.numel()]
     elsewhere = torch.empty(2 * place.numel(), dtype=torch.bfloat16)
     smaller = tuple({**values, "weight": 0.3, "density": 1.0, "gamma": 0.2} for values in plan.values)
-    mixed = (plan.values[0], *smaller[1:])
+    first_only, last_only = (*plan.values[:2], *smaller[2:]), (*smaller[:-1], plan.values[-1])
+    switches = {item for item, value in plan.shared.items() if isinstance(value, bool)}
     candidates: dict[str, tuple[dict[str, Any], Tensor]] = {
         "other parameters": ({"values": smaller}, place),
-        "some other parameters": ({"values": mixed}, place),
+        "some other parameters": ({"values": first_only}, place),
+        "others of them": ({"values": last_only}, place),
+        **{
+            f"another {item}": ({"shared": {**plan.shared, item: not plan.shared[item]}}, place)
+            for item in sorted(switches)
+        },
         "other shared ones": ({"shared": {**plan.shared, "t": 0.8, "lambda": 0.5, "normalize": True}}, place),
         "another seed": ({"seed": 4}, place),
         "another order": ({"inputs": plan.inputs[::-1]}, place),
@@ -148,7 +157,8 @@ def test_a_candidate_is_not_changed_by_those_before_it(name: str) -> None:
         "another type": ({"dtype": "float32"}, wide),
     }
     for what, (changes, out) in candidates.items():
-        assert compute([(plan, place)], bank) is None
+        for _ in range(2):
+            assert compute([(plan, place)], bank) is None
         changed = dataclasses.replace(plan, **changes)
         assert compute([(changed, out)], bank) is None
         assert out.equal(merge_tensor(changed, sources(tensors)).view(-1)), what
@@ -158,9 +168,53 @@ def test_of_a_tensor_that_only_parameters_change_everything_else_is_kept() -> No
     tensors = given("ties", *SHAPE)
     plan, bank = plan_for("ties", tensors), Bank(sources(tensors))
     out = torch.empty(tensors[0].numel(), dtype=torch.bfloat16)
-    first = bank.frame(plan, out, part=100)
-    assert bank.frame(dataclasses.replace(plan, values=()), out.view(-1), part=100) is first
-    assert bank.frame(dataclasses.replace(plan, seed=1), out, part=100) is not first
+    moved = dataclasses.replace(plan, inputs=plan.inputs[::-1])
+    frames = [bank.frame(other, out, part=100) for other in (plan, moved, plan, moved)]
+    assert len(set(map(id, frames))) == 4
+    kept = bank.frame(moved, out, part=100)
+    assert kept not in frames
+    assert bank.frame(dataclasses.replace(moved, values=()), out.view(-1), part=100) is kept
+    assert bank.frame(dataclasses.replace(moved, seed=1), out, part=100) is not kept
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+def test_only_without_a_budget_are_statistics_computed_for_several_tensors_at_once(
+    budget: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[int] = set()
+    barrier = threading.Barrier(2)
+    names = [f"layer.{number}" for number in range(4)]
+    one = given("ties", *SHAPE)[0]
+
+    class Names(Source):
+        def tensor(self, name: str) -> Tensor:
+            return self._tensor
+
+        def release(self, name: str, first: int = 0, count: int | None = None) -> None:
+            pass
+
+    class Watched(Bank):
+        def histogram(self, source: tuple[str, str], base: tuple[str, str]) -> Histogram:
+            if source[1] != names[0]:
+                threads.add(threading.get_ident())
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    barrier.wait(timeout=1)
+            return super().histogram(source, base)
+
+    monkeypatch.setattr(execute, "PART", 100)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    tensors = given("ties", *SHAPE)
+    plan = plan_for("ties", tensors)
+    bank = Watched({f"model {index}": Names(tensor) for index, tensor in enumerate(tensors)}, budget=budget)
+    wanted = [
+        (
+            dataclasses.replace(plan, name=name, inputs=tuple((model, name) for model, _ in plan.inputs)),
+            torch.empty(one.numel(), dtype=torch.bfloat16),
+        )
+        for name in names
+    ]
+    assert compute(wanted, bank) is None
+    assert len(threads) == (2 if budget is None else 1)
 
 
 @pytest.mark.parametrize("name", WHOLE)

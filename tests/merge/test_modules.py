@@ -227,6 +227,37 @@ def test_the_names_that_mergekit_infers_mean_the_same_here(family: Family, tmp_p
     assert plan(INFERRED, zoo).num_layers == 4
 
 
+def test_inferred_names_are_those_of_the_model_in_whatever_form_it_is_stored(
+    family: Family, tmp_path: Path
+) -> None:
+    """As mergekit asks transformers what a model's tensors are called."""
+    held, _ = exported(INFERRED, family("Llava", as_held=True), tmp_path / "held")
+    stored, _ = exported(INFERRED, family("Llava"), tmp_path / "stored")
+    assert held.keys().isdisjoint(stored.keys())
+    assert sorted(map(_content, held.values())) == sorted(map(_content, stored.values()))
+    in_file = INFERRED.replace("model.language_model.layers", "language_model.model.layers")
+    assert_same(exported(in_file, family("Llava"), tmp_path / "in_file")[0], stored)
+
+
+def _content(tensor: Tensor) -> tuple[float, ...]:
+    return (*map(float, tensor.shape), *tensor.double().flatten().tolist())
+
+
+def test_all_of_a_module_without_layers_is_its_range_from_0_to_0(family: Family, tmp_path: Path) -> None:
+    zoo = family("Mistral3")
+    said = yaml.safe_load(SLICES)
+    sources = [{"model": f"${name}", "layer_range": [0, 0]} for name in ("one", "two")]
+    said["modules"]["multi_modal_projector"] = {
+        "slices": [{"sources": sources, "parameters": {"weight": 0.5}}]
+    }
+    text = yaml.safe_dump(said)
+    ours, _ = exported(text, zoo, tmp_path / "ours")
+    assert_same(ours, by_mergekit(recipe(text, zoo), tmp_path / "theirs"))
+    said["modules"]["text_decoder"]["slices"][0] = said["modules"]["multi_modal_projector"]["slices"][0]
+    with pytest.raises(CheckpointError, match=r"has 3 layers, got layer_range \[0, 0\]"):
+        plan(yaml.safe_dump(said), zoo)
+
+
 def test_a_slip_in_an_inferred_name_is_refused_with_those(family: Family) -> None:
     found = refusal(INFERRED.replace("default:", "defualt:"), family("Llava", as_held=True))
     assert "modules.defualt: unknown module (did you mean 'default'?); the models have default, " in found

@@ -80,7 +80,8 @@ def places(elements: Elements[NDArray[Any]], out: NDArray[Any], *, alike: bool =
         cuts = itertools.pairwise([0, *range(2**32 - first % 2**32, count, 2**32), count])
         parts = [places(elements.part(start, end), out[start:end], alike=alike) for start, end in cuts]
         return [place for part in parts for place in part]
-    if alike and out.itemsize == elements.tensors[0].itemsize == 2:
+    contiguous = all(line.flags.c_contiguous for line in elements.tensors)
+    if alike and contiguous and out.itemsize == elements.tensors[0].itemsize == 2:
         return list(_places_of_pairs(elements, out))
     return [partial(_bound, elements=elements, out=out, limit=_OVERFLOW[out.itemsize])]
 
@@ -108,9 +109,9 @@ def _places_of_pairs(elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Ite
     start, end, limit = elements.first % 2, elements.count, _OVERFLOW[out.itemsize]
     end -= (end - start) % 2
     if start < end:
-        pairs = (elements if end - start == elements.count else elements.part(start, end)).each(_as_pairs)
+        pairs = elements.part(start, end).each(_as_pairs)
         yield partial(_bound, elements=pairs, out=_as_pairs(out[start:end]), limit=limit)
-    if start:
+    if start and elements.count:
         yield _half_of_pair(elements.part(0, 1), out[:1])
     if end < elements.count:
         yield _half_of_pair(elements.part(end, end + 1), out[end:])

@@ -60,6 +60,8 @@ class Elements(Generic[Line]):
 
     def part(self, start: int, end: int) -> Elements[Line]:
         """The elements start <= e < end of the run."""
+        if end - start == self.count:
+            return self
         return self.each(lambda line: line[start:end], first=self.first + start)
 
     def each(self, change: Callable[[Line], Other], *, first: int | None = None) -> Elements[Other]:
