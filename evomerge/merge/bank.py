@@ -124,7 +124,7 @@ class Bank:
             return known
         from evomerge.merge.kernels import cpu
 
-        flat = self.tensor(key).reshape(-1)
+        flat = self.tensor(key).reshape(-1).contiguous()
         line = SourceLine(flat, cpu.flat(flat) if cpu.is_native(flat) else None)
         # Under a budget, tensors come and go.
         if self.device == "cpu" and self.budget is None:

@@ -93,7 +93,7 @@ def _reader(tensors: Sequence[Tensor]) -> Read:
 def _comparable(lines: Sequence[Tensor]) -> list[NDArray[Any]]:
     """Flat tensors in one type that the loops know."""
     native = len({line.dtype for line in lines}) == 1 and is_native(lines[0])
-    return [flat(line if native else line.float()) for line in lines]
+    return [flat((line if native else line.float()).contiguous()) for line in lines]
 
 
 def is_native(tensor: Tensor) -> bool:

@@ -53,12 +53,7 @@ def run(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any
 
 def run_part(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> bool:
     """As `run`, on this thread."""
-    return prepared(operation, elements, out)()
-
-
-def prepared(operation: Operation, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Check:
-    """What does as `run_part` when it is called; nothing is left to Python then but to call loops."""
-    return prepared_at(operation, places(elements, out, alike=treats_alike(operation)))
+    return prepared_at(operation, places(elements, out, alike=treats_alike(operation)))()
 
 
 Check = Callable[[], bool]
@@ -75,19 +70,20 @@ def treats_alike(operation: Operation) -> bool:
 def places(elements: Elements[NDArray[Any]], out: NDArray[Any], *, alike: bool = True) -> list[Place]:
     """The places of a run of elements, for any number of operations that all treat elements alike, or none does."""
     first, count = elements.first, elements.count
+    if not count:
+        return []
     # Kernels count in 32 bits.
     if first % 2**32 + count > 2**32:
         cuts = itertools.pairwise([0, *range(2**32 - first % 2**32, count, 2**32), count])
         parts = [places(elements.part(start, end), out[start:end], alike=alike) for start, end in cuts]
         return [place for part in parts for place in part]
-    contiguous = all(line.flags.c_contiguous for line in elements.tensors)
-    if alike and contiguous and out.itemsize == elements.tensors[0].itemsize == 2:
+    if alike and out.itemsize == elements.tensors[0].itemsize == 2:
         return list(_places_of_pairs(elements, out))
     return [partial(_bound, elements=elements, out=out, limit=_OVERFLOW[out.itemsize])]
 
 
 def prepared_at(operation: Operation, where: Sequence[Place]) -> Check:
-    """As `prepared`, for elements whose places are known."""
+    """What does as `run_part` when it is called; nothing is left to Python then but to call loops."""
     checks = [place(operation) for place in where]
     return checks[0] if len(checks) == 1 else partial(_all, checks)
 
@@ -111,7 +107,7 @@ def _places_of_pairs(elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Ite
     if start < end:
         pairs = elements.part(start, end).each(_as_pairs)
         yield partial(_bound, elements=pairs, out=_as_pairs(out[start:end]), limit=limit)
-    if start and elements.count:
+    if start:
         yield _half_of_pair(elements.part(0, 1), out[:1])
     if end < elements.count:
         yield _half_of_pair(elements.part(end, end + 1), out[end:])

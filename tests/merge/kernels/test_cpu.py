@@ -345,7 +345,8 @@ def test_nothing_of_nothing(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     keep = Ranked(lowest=0.1, highest=0.2, rescale=True)
     terms = tuple(Term(source=source, weight=1.0, keep=keep) for source in (1, 2))
     stated = TaskVectorSum(terms=terms, elect=True, normalize=True, scale=1.0)
-    assert_agrees(cpu.run, stated, elements(inputs, shape=shape, stated=stated), dtype)
+    for first in (0, 1):
+        assert_agrees(cpu.run, stated, elements(inputs, shape=shape, first=first, stated=stated), dtype)
     for axis in Axis:
         given = elements(inputs, base=None, shape=shape)
         assert_agrees(cpu.run, combination(3, shape=shape, axis=axis), given, dtype)
@@ -371,6 +372,16 @@ def test_pairs_may_lie_anywhere_in_memory(kind: str) -> None:
     assert cpu.run(stated, elements(moved), out[1:102])
     assert bits(out[1:102]).equal(bits(expected))
     assert out[[0, 102, 103]].eq(7).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_inputs_may_have_gaps(dtype: torch.dtype) -> None:
+    inputs = tensors(101, dtype, dtype, dtype)
+    stated = task_vector_sum("band", inputs, elect=True, normalize=True, draw=random.Random(1))
+    spread = [torch.stack([tensor, tensor + 1], dim=1)[:, 0] for tensor in inputs]
+    for given in ([*inputs[:2], spread[2]], spread):
+        found = assert_agrees(cpu.run, stated, elements(given), dtype)
+        assert found.equal(assert_agrees(cpu.run, stated, elements(inputs), dtype))
 
 
 def test_an_output_with_gaps_is_written_in_place() -> None:
