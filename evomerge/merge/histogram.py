@@ -135,9 +135,12 @@ class Histogram:
             return Band(lowest)
         return Band(lowest, max(lowest, self._key(end) - 1))
 
-    def rescale(self, band: Band) -> float:
-        """L1 norm over what a band leaves of it; 1 when either is next to nothing or not finite."""
-        after = self._norm_below(band.highest + 1) - self._norm_below(band.lowest)
+    def rescale(self, first: int, end: int) -> float:
+        """L1 norm over that of the band of these ranks; 1 when either is next to nothing or not finite.
+
+        Tie numbers keep a share of a bin to 1/32768 only, which shows where less than that is wanted of one.
+        """
+        after = self._norm_below(end) - self._norm_below(first)
         known = TINY_NORM <= after <= self.norm < math.inf
         return self.norm / after if known else 1.0
 
@@ -149,15 +152,12 @@ class Histogram:
         below = round((rank - start) / (ends[place] - start) * TIES)
         return int(bins[place]) * TIES + min(TIES - 1, below)
 
-    def _norm_below(self, key: int) -> float:
-        """L1 norm of the elements below a key, those of one bin taken to be equal."""
-        bins, _, sums = self._rows
-        number, ties = divmod(key, TIES)
-        place = bisect_left(bins, number)
-        norm = sums[place - 1] if place else 0.0
-        if place == len(bins) or bins[place] != number:
-            return norm
-        return norm + ties / TIES * (sums[place] - norm)
+    def _norm_below(self, rank: int) -> float:
+        """L1 norm of the `rank` smallest elements, those of one bin taken to be equal."""
+        _, ends, sums = self._rows
+        place = bisect_left(ends, rank)
+        start, norm = (ends[place - 1], sums[place - 1]) if place else (0.0, 0.0)
+        return float(norm + (rank - start) / (ends[place] - start) * (sums[place] - norm))
 
 
 TINY_NORM = 1e-7

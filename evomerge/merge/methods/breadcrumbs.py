@@ -53,9 +53,8 @@ def leave_out_both_ends(inputs: TaskVectorInputs) -> tuple[Term, ...]:
             return None, 1.0
         kept = max(1, int(values["density"] * size))
         smallest = max(0, size - kept - int(values["gamma"] * size))
-        histogram = inputs.histogram(source)
-        band = histogram.band(smallest, smallest + kept)
-        return band, histogram.rescale(band) if inputs.shared["rescale"] else 1.0
+        histogram, ranks = inputs.histogram(source), (smallest, smallest + kept)
+        return histogram.band(*ranks), histogram.rescale(*ranks) if inputs.shared["rescale"] else 1.0
 
     return terms(inputs, mask)
 

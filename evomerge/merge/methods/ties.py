@@ -24,9 +24,9 @@ def task_vectors(inputs: TaskVectorInputs) -> TaskVectorSum:
         density = inputs.values[source]["density"]
         if density >= 1 or size == 0:
             return None, 1.0
-        histogram = inputs.histogram(source)
-        band = histogram.largest(max(1, int(density * size)))
-        return band, histogram.rescale(band) if inputs.shared["rescale"] else 1.0
+        histogram, kept = inputs.histogram(source), max(1, int(density * size))
+        rescale = histogram.rescale(size - kept, size) if inputs.shared["rescale"] else 1.0
+        return histogram.largest(kept), rescale
 
     return TaskVectorSum(
         terms=terms(inputs, trim),

@@ -76,8 +76,7 @@ def kept(kind: str, delta: Tensor, draw: random.Random) -> tuple[Keep, float]:
     number = max(1, int(density * count))
     first = draw.randrange(count - number + 1) if kind == "band" else count - number
     histogram = Histogram.of(delta)
-    band = histogram.band(first, first + number)
-    return band, draw.choice([1.0, histogram.rescale(band)])
+    return histogram.band(first, first + number), draw.choice([1.0, histogram.rescale(first, first + number)])
 
 
 WEIGHTS = [1.0, 0.7, -0.3, 0.0, 2.5, 1e-9, -1.0]
