@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from evomerge.errors import CheckpointError, Fault
 from evomerge.merge.bank import Bank, SourceLine, Statistics, TensorSource
-from evomerge.merge.frame import arrays_of, elements_of
+from evomerge.merge.frame import arrays_of, elements_of, ranks_of
 from evomerge.merge.kernels import cpu, cpu_arrays
 from evomerge.merge.kernels.cpu_arrays import Check, prepared_at
 from evomerge.merge.kernels.threads import spread
 from evomerge.merge.methods import MergeInputs
 from evomerge.merge.methods.base import CombinationInputs, TaskVectorInputs
-from evomerge.merge.methods.task_vectors import TaskVectorSum
 from evomerge.merge.plan import TensorPlan
 
 if TYPE_CHECKING:
@@ -194,8 +193,7 @@ def prepare_tensor(plan: TensorPlan, bank: Bank) -> PreparedTensor:
     """
     lines = [bank.line(key) for key in plan.inputs]
     operation = operation_of(plan, bank) if plan.dtype is not None else None
-    ranked = operation.ranked if isinstance(operation, TaskVectorSum) else ()
-    ranks = {source: bank.ranks(plan.inputs[source], plan.inputs[plan.base or 0]) for source in ranked}
+    ranks = {} if operation is None else ranks_of(plan, operation.ranked, bank)
     return PreparedTensor(plan=plan, lines=lines, operation=operation, ranks=ranks)
 
 

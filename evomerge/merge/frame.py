@@ -14,7 +14,6 @@ from evomerge.merge.kernels import cpu, cpu_arrays
 from evomerge.merge.kernels.cpu_arrays import Place
 from evomerge.merge.kernels.reference import Elements, Operation
 from evomerge.merge.methods.base import Axis, GramKind
-from evomerge.merge.methods.task_vectors import TaskVectorSum
 from evomerge.merge.plan import TensorPlan
 from evomerge.merge.statistics import Key
 
@@ -78,17 +77,15 @@ class Frame:
     def runs(self, operation: Operation) -> Sequence[Run]:
         """The runs to carry out an operation on, if it is native."""
         assert self._arrays is not None, "it is native"
-        ranked = operation.ranked if isinstance(operation, TaskVectorSum) else ()
-        key = (cpu_arrays.treats_alike(operation), ranked)
+        key = (cpu_arrays.treats_alike(operation), operation.ranked)
         known = self._runs.get(key)
         if known is None:
-            known = self._runs[key] = list(self._found(self._arrays, ranked, alike=key[0]))
+            known = self._runs[key] = list(self._found(self._arrays, operation.ranked, alike=key[0]))
         return known
 
     def _found(self, arrays: Sequence[NDArray[Any]], ranked: Sequence[int], *, alike: bool) -> Iterator[Run]:
-        inputs = self._plan.inputs
-        base = inputs[self._plan.base or 0]
-        ranks = {source: cpu.flat(self._bank.ranks(inputs[source], base)) for source in ranked}
+        found = ranks_of(self._plan, ranked, self._bank)
+        ranks = {source: cpu.flat(line) for source, line in found.items()}
         elements, out = elements_of(self._plan, arrays, ranks), cpu.flat(self._out)
         for first in range(0, elements.count, self._part):
             end = min(first + self._part, elements.count)
@@ -118,13 +115,20 @@ def arrays_of(lines: Sequence[SourceLine], out: Tensor) -> list[NDArray[Any]] | 
     return arrays if alike and cpu.is_native(out) and out.is_contiguous() else None
 
 
-def elements_of(plan: TensorPlan, inputs: Sequence[Line], ranks: Mapping[int, Line]) -> Elements[Line]:
-    """All elements of the inputs of a tensor."""
+def ranks_of(plan: TensorPlan, ranked: Sequence[int], bank: Bank) -> dict[int, Tensor]:
+    """Position of an input -> ranks of its task vector, for those asked for."""
+    return {source: bank.ranks(plan.inputs[source], plan.inputs[plan.base or 0]) for source in ranked}
+
+
+def elements_of(
+    plan: TensorPlan, inputs: Sequence[Line], ranks: Mapping[int, Line], *, first: int = 0
+) -> Elements[Line]:
+    """All elements of the inputs of a tensor, or those from position `first` on."""
     return Elements(
         name=plan.name,
         seed=plan.seed,
         shape=plan.shape,
-        first=0,
+        first=first,
         tensors=inputs,
         base=plan.base,
         ranks=ranks,

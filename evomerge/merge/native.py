@@ -19,10 +19,11 @@ import numpy as np
 
 from evomerge.checkpoints.reader import Checkpoint
 from evomerge.merge.execute import operation_of
+from evomerge.merge.frame import elements_of
 from evomerge.merge.histogram import Histogram
 from evomerge.merge.kernels import cpu_arrays
 from evomerge.merge.kernels.cpu_arrays import Read
-from evomerge.merge.kernels.reference import Elements, Operation
+from evomerge.merge.kernels.reference import Operation
 from evomerge.merge.memory import is_made
 from evomerge.merge.methods.base import Axis, GramKind
 from evomerge.merge.methods.task_vectors import Ranked, TaskVectorSum
@@ -68,14 +69,8 @@ class NativeTensor:
         finite = True
         for start in range(0, len(out), self.piece):
             piece = out[start : start + self.piece]
-            elements = Elements(
-                name=self.plan.name,
-                seed=self.plan.seed,
-                shape=self.plan.shape,
-                first=first + start,
-                tensors=self.read(first + start, first + start + len(piece)),
-                base=self.plan.base,
-            )
+            inputs = self.read(first + start, first + start + len(piece))
+            elements = elements_of(self.plan, inputs, {}, first=first + start)
             finite &= cpu_arrays.run_part(self.operation, elements, piece)
         return finite
 

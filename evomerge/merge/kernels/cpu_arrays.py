@@ -169,12 +169,10 @@ def _sum_task_vectors(stated: TaskVectorSum, elements: Elements[NDArray[Any]], o
     c = constants(terms, seed=elements.seed, name=elements.name)
     factors = tuple(term.factor for term in terms)
     place = (float(stated.scale), *first_key(elements, elements.first))
-    if not stated.elect:
-        return partial(
-            cpu_loops.add_terms, out, base, sources, ranked, c, factors, _divisor(stated.divisor), *place
-        )
-    weights = tuple(float(term.weight) for term in terms) if stated.normalize else None
-    return partial(cpu_loops.elect_terms, out, base, sources, ranked, c, factors, weights, *place)
+    weights, divisor = None, _divisor(stated.divisor)
+    if stated.elect:
+        weights, divisor = tuple(float(term.weight) for term in terms), 1.0 if stated.normalize else None
+    return partial(cpu_loops.add_terms, out, base, sources, ranked, c, factors, weights, divisor, *place)
 
 
 def _divisor(number: float) -> float | None:
@@ -238,7 +236,7 @@ def _combine(operation: Combination, elements: Elements[NDArray[Any]], out: NDAr
     every = ((0,),) * len(others)
     place = (1.0, np.uint32(0), np.uint32(0))
     base = tensors[elements.base]
-    return partial(cpu_loops.add_terms, out, base, sources, None, every, factors, divisor, *place)
+    return partial(cpu_loops.add_terms, out, base, sources, None, every, factors, None, divisor, *place)
 
 
 def _combine_along(operation: Combination, elements: Elements[NDArray[Any]], out: NDArray[Any]) -> Loop:

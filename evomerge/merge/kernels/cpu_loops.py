@@ -229,6 +229,7 @@ def _added(
     ranks: Any,
     c: Any,
     factors: Any,
+    weights: Any,
     divisor: Any,
     scale: Any,
     k0: Any,
@@ -239,8 +240,25 @@ def _added(
     total = _F(0)
     for i in range(len(sources)):
         total = _F(total + _term(i, e, half, b, sources, ranks, c, factors, k0, position))
-    if divisor is not None:
-        total = _F(total / _F(divisor))
+    if weights is None:
+        if divisor is not None:
+            total = _F(total / _F(divisor))
+    else:
+        # Mirrored where the elected sign is negative, so that one sum serves both signs. What does not count adds
+        # -0.0, which changes no number: then adding under a condition is one instruction, where 0.0 would need a
+        # second to choose what to add.
+        mirror = _U(_bits(total) & _U(0x80000000))
+        total, agreed = _F(0), _F(0)
+        for i in range(len(sources)):
+            term = _term(i, e, half, b, sources, ranks, c, factors, k0, position)
+            term = _float(_U(_bits(term) ^ mirror))
+            agrees = not (term <= _F(0))  # NaN, which has no sign, has its say
+            total = _F(total + (term if agrees else _F(-0.0)))
+            if divisor is not None:
+                agreed = _F(agreed + (_F(weights[i]) if agrees else _F(-0.0)))
+        if divisor is not None:
+            total = _F(total / (_F(1) if agreed == _F(0) else agreed))
+        total = _float(_U(_bits(total) ^ mirror))
     return _F(_F(total * _F(scale)) + b)
 
 
@@ -252,6 +270,7 @@ def add_terms(
     ranks: Any,
     c: Any,
     factors: Any,
+    weights: Any,
     divisor: Any,
     scale: Any,
     k0: Any,
@@ -266,7 +285,8 @@ def add_terms(
         ranks: Tuple of N arrays of ranks, uint16 or pairs as the tensors, or None when no term is ranked.
         c: Tuple of N tuples of constants.
         factors: Tuple of N numbers, rounded to float32 as all below.
-        divisor: A number, or None not to divide.
+        weights: Tuple of N weights to add only the terms whose sign is that of their sum, or None to add all.
+        divisor: A number, or None not to divide; with weights, those of the terms that are added divide instead.
         scale: A number.
         k0: First key of the counter hash.
         first: Position of the first element, modulo 2^32; even where elements come in pairs.
@@ -278,80 +298,11 @@ def add_terms(
     for e in range(out.shape[0]):
         if _paired(out):
             p = _U(_U(_U(e) << _U(1)) + _U(first & _U(0xFFFFFFFE)))  # seen to be even
-            low = _added(e, 0, base, sources, ranks, c, factors, divisor, scale, k0, p)
-            high = _added(e, 1, base, sources, ranks, c, factors, divisor, scale, k0, _U(p | _U(1)))
+            low = _added(e, 0, base, sources, ranks, c, factors, weights, divisor, scale, k0, p)
+            high = _added(e, 1, base, sources, ranks, c, factors, weights, divisor, scale, k0, _U(p | _U(1)))
         else:
             p = _U(_U(e) + first)
-            low = high = _added(e, 0, base, sources, ranks, c, factors, divisor, scale, k0, p)
-        largest = max(largest, _magnitude(low, high))
-        _store(out, e, low, high)
-    return largest
-
-
-@register_jitable
-def _elected(
-    e: Any,
-    half: Any,
-    base: Any,
-    sources: Any,
-    ranks: Any,
-    c: Any,
-    factors: Any,
-    weights: Any,
-    scale: Any,
-    k0: Any,
-    position: Any,
-) -> Any:
-    """One element of `elect_terms`."""
-    # What does not count adds -0.0, which changes no number: then adding under a condition is one instruction, where
-    # 0.0 would need a second to choose what to add.
-    b = _load(base[e], half)
-    total = _F(0)
-    for i in range(len(sources)):
-        total = _F(total + _term(i, e, half, b, sources, ranks, c, factors, k0, position))
-    # Mirrored where the elected sign is negative, so that one sum serves both signs.
-    mirror = _U(_bits(total) & _U(0x80000000))
-    total, divisor = _F(0), _F(0)
-    for i in range(len(sources)):
-        term = _term(i, e, half, b, sources, ranks, c, factors, k0, position)
-        term = _float(_U(_bits(term) ^ mirror))
-        agrees = not (term <= _F(0))  # NaN, which has no sign, has its say
-        total = _F(total + (term if agrees else _F(-0.0)))
-        if weights is not None:
-            divisor = _F(divisor + (_F(weights[i]) if agrees else _F(-0.0)))
-    if weights is not None:
-        total = _F(total / (_F(1) if divisor == _F(0) else divisor))
-    total = _float(_U(_bits(total) ^ mirror))
-    return _F(_F(total * _F(scale)) + b)
-
-
-@compiled(error_model="numpy")
-def elect_terms(
-    out: Any,
-    base: Any,
-    sources: Any,
-    ranks: Any,
-    c: Any,
-    factors: Any,
-    weights: Any,
-    scale: Any,
-    k0: Any,
-    first: Any,
-) -> Any:
-    """Add the terms whose sign is that of their sum; see `task_vectors.add_task_vectors`.
-
-    The arguments are those of `add_terms`, but for `weights`: a tuple of N numbers whose sum over the terms
-    that agree divides, or None not to divide.
-    """
-    largest = _U(0)
-    for e in range(out.shape[0]):
-        if _paired(out):
-            p = _U(_U(_U(e) << _U(1)) + _U(first & _U(0xFFFFFFFE)))  # seen to be even
-            low = _elected(e, 0, base, sources, ranks, c, factors, weights, scale, k0, p)
-            high = _elected(e, 1, base, sources, ranks, c, factors, weights, scale, k0, _U(p | _U(1)))
-        else:
-            p = _U(_U(e) + first)
-            low = high = _elected(e, 0, base, sources, ranks, c, factors, weights, scale, k0, p)
+            low = high = _added(e, 0, base, sources, ranks, c, factors, weights, divisor, scale, k0, p)
         largest = max(largest, _magnitude(low, high))
         _store(out, e, low, high)
     return largest

@@ -223,6 +223,11 @@ class Combination:
     around_base: bool = False
     divisor: float = 1.0
 
+    @property
+    def ranked(self) -> tuple[int, ...]:
+        """Positions of the inputs whose ranks are asked for: none, unlike in some sums of task vectors."""
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
