@@ -100,6 +100,7 @@ class Bank:
         self._lines: dict[Key, SourceLine] = {}
         self._lock = threading.Lock()
         self._histograms: dict[tuple[Key, Key], Histogram] = {}
+        self._grams: dict[tuple[tuple[Key, ...], int | None, GramKind, Axis], NDArray[np.float64]] = {}
         self._ranks: dict[tuple[Key, Key], Tensor] = {}
         self._frames: dict[str, Frame] = {}
         self._last_inputs: dict[str, tuple[Key, ...]] = {}
@@ -209,6 +210,10 @@ class Bank:
             kind: Whose inner products.
             axis: Along what.
         """
+        key = (tuple(tensors), base, kind, axis)
+        known = self._grams.get(key)
+        if known is not None:
+            return known
         origin = base if kind is GramKind.TASK_VECTORS else None
         picked = [key for index, key in enumerate(tensors) if index != origin]
 
@@ -231,7 +236,8 @@ class Bank:
             return gram_matrices(inputs, kind, axis)
 
         relative_to = None if origin is None else tensors[origin]
-        return self._store.get(f"gram, {axis}", picked, relative_to, compute)
+        found = self._grams[key] = self._store.get(f"gram, {axis}", picked, relative_to, compute)
+        return found
 
     def ranks(self, source: Key, base: Key) -> Tensor:
         """Ranks of the magnitudes of a task vector within their rows, flat uint16; see `row_ranks`."""

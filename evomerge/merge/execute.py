@@ -256,7 +256,7 @@ def _steps(plan: TensorPlan, out: Tensor, bank: Bank) -> Iterator[_Step]:
         return
     if bank.budget is None and plan.dtype is not None and plan.rescale is None:
         frame = bank.frame(plan, out, part=PART)
-        operation = operation_of(plan, frame) if frame.is_native else None
+        operation = operation_of(plan, bank) if frame.is_native else None
         if operation is not None:
             for run in frame.runs(operation):
                 yield _Step(run.size, partial(_run_of, plan, bank, prepared_at(operation, run.places)))

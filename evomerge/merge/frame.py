@@ -1,7 +1,7 @@
 """What stays of an output tensor from candidate to candidate, which mostly differ in parameters alone.
 
-A candidate of a small model is hundreds of tensors, and to find their inputs, put these into the form that loops take
-and look up their statistics takes longer than the parameters do.
+A candidate of a small model is hundreds of tensors, and to find their inputs and put these into the form that loops
+take takes longer than the parameters do.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evomerge.merge.histogram import Histogram
 from evomerge.merge.kernels import cpu, cpu_arrays
 from evomerge.merge.kernels.cpu_arrays import Place
 from evomerge.merge.kernels.reference import Elements, Operation
-from evomerge.merge.methods.base import Axis, GramKind
 from evomerge.merge.plan import TensorPlan
-from evomerge.merge.statistics import Key
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -39,7 +35,7 @@ class Run(NamedTuple):
 
 
 class Frame:
-    """One output tensor, whatever its parameters, and its statistics.
+    """One output tensor, whatever its parameters.
 
     Args:
         plan: What to do; its parameters are not looked at.
@@ -52,8 +48,6 @@ class Frame:
         self._plan = plan
         self._out = out
         self._bank = bank
-        self._histograms: dict[Key, Histogram] = {}
-        self._grams: dict[tuple[GramKind, Axis], NDArray[np.float64]] = {}
         self._part = part
         self._arrays = arrays_of([bank.line(key) for key in plan.inputs], out)
         self._runs: dict[tuple[bool, tuple[int, ...]], list[Run]] = {}
@@ -90,22 +84,6 @@ class Frame:
         for first in range(0, elements.count, self._part):
             end = min(first + self._part, elements.count)
             yield Run(end - first, cpu_arrays.places(elements.part(first, end), out[first:end], alike=alike))
-
-    def histogram(self, source: Key, base: Key) -> Histogram:
-        """As the bank's."""
-        known = self._histograms.get(source)
-        if known is None:
-            known = self._histograms[source] = self._bank.histogram(source, base)
-        return known
-
-    def gram(
-        self, tensors: Sequence[Key], base: int | None, kind: GramKind, axis: Axis
-    ) -> NDArray[np.float64]:
-        """As the bank's."""
-        known = self._grams.get((kind, axis))
-        if known is None:
-            known = self._grams[kind, axis] = self._bank.gram(tensors, base, kind, axis)
-        return known
 
 
 def arrays_of(lines: Sequence[SourceLine], out: Tensor) -> list[NDArray[Any]] | None:
